@@ -1,0 +1,71 @@
+//! What is published: a topic and one SSE frame. The only place that knows the syntax of a stream.
+
+use std::hash::{BuildHasher, RandomState};
+use std::{collections::BTreeSet, sync::Arc};
+
+use crate::error::Refusal;
+
+/// The bytes of one event as they go over the wire, built once and shared by every subscriber.
+pub type Frame = Arc<[u8]>;
+
+/// The topics of one subscription.
+pub type Topics = BTreeSet<Topic>;
+
+/// Bytes in the longest topic: a path or two UUIDs, and dozens of them still fit a URL.
+const MAX_TOPIC: usize = 256;
+
+/// The name of a topic: 1 to 256 bytes of UTF-8, compared byte by byte. Only made here.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Topic(Arc<str>);
+
+/// One event, checked and framed. Cloning is cheap: the frame is shared.
+#[derive(Clone, Debug)]
+pub struct Event {
+    pub(crate) topic: Topic,
+    pub(crate) frame: Frame,
+}
+
+impl Topic {
+    pub fn new(name: impl AsRef<str>) -> Result<Self, Refusal> {
+        match name.as_ref().len() {
+            1..=MAX_TOPIC => Ok(Self(name.as_ref().into())),
+            _ => Err(Refusal::new(400, "a topic is 1 to 256 bytes long")),
+        }
+    }
+}
+
+impl Event {
+    /// Frames `data` for `topic`. An empty `name` means the browser's default type `message`.
+    /// CRLF, LF and CR each end a line of the data.
+    ///
+    /// # Errors
+    /// For a topic that is empty or over 256 bytes, or a name with CR, LF or NUL: with one of
+    /// them a name could forge the rest of a frame.
+    pub fn new(topic: &str, name: &str, data: &str) -> Result<Self, Refusal> {
+        let (topic, mut frame) = (Topic::new(topic)?, String::new());
+        if name.contains(['\r', '\n', '\0']) {
+            return Err(Refusal::new(400, "an event name has no CR, LF or NUL"));
+        }
+        if !name.is_empty() {
+            frame.extend(["event: ", name, "\n"]);
+        }
+        for line in data.replace("\r\n", "\n").split(['\n', '\r']) {
+            frame.extend(["data: ", line, "\n"]);
+        }
+        frame.push('\n');
+        let frame = frame.into_bytes().into();
+        Ok(Self { topic, frame })
+    }
+}
+
+/// What is sent on a silent stream, and no browser dispatches.
+pub const HEARTBEAT: &[u8] = b":\n\n";
+
+/// Tells a client how many milliseconds to wait before it reconnects: `least` to twice that, at
+/// random, since clients that lost a server together must not all come back together.
+pub fn retry(least: u32) -> Frame {
+    let random = RandomState::new().hash_one(()) as u32 % (least + 1);
+    format!("retry: {}\n:\n\n", least + random)
+        .into_bytes()
+        .into()
+}

@@ -1,0 +1,258 @@
+//! What is measured. The names are stable: goals and the README refer to them.
+
+use std::net::TcpStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::Result;
+use crate::client::{PATIENCE, Shape};
+use crate::publish::{Load, Sample};
+use crate::report::BUSY;
+use crate::servers::{Kind, Server, available_memory, resident, round_trip};
+
+pub struct Case {
+    pub name: &'static str,
+    /// Whether nchan takes part.
+    pub peer: bool,
+    shape: Shape,
+    work: Work,
+}
+
+enum Work {
+    Connect,
+    /// Flat out, with each of these windows.
+    Flat(&'static [u64]),
+    /// Events a second.
+    Rate(f64),
+    Memory,
+    PublishCost,
+    IdleSubmissions,
+    Bodies,
+}
+
+/// One measured number: what, unit, value.
+pub type Figure = (String, &'static str, f64);
+
+const WINDOWS: Work = Work::Flat(&[8, 32]);
+
+const TOPICS: Shape = Shape {
+    topics: 1000,
+    ..to(1000)
+};
+/// Few numbers: a submission of 8 KiB takes long to mint.
+const BIG: Shape = Shape {
+    size: 8192,
+    cycle: 80,
+    ..to(1000)
+};
+/// Ours: one submission of ten events. nchan has no batches: ten posts in one write.
+const BATCHES: Shape = Shape {
+    batch: 10,
+    ..to(1000)
+};
+
+pub const CASES: &[Case] = &[
+    both("connect-5000", to(5000), Work::Connect),
+    both("flat-100", to(100), WINDOWS),
+    both("flat-1000", to(1000), WINDOWS),
+    both("flat-5000", to(5000), WINDOWS),
+    both("flat-9000", to(9000), WINDOWS),
+    both("rate-1000x30", to(1000), Work::Rate(30.0)),
+    both("rate-5000x5", to(5000), Work::Rate(5.0)),
+    both("topics-1000", TOPICS, WINDOWS),
+    both("big-8k", BIG, WINDOWS),
+    both("batch-10", BATCHES, Work::Flat(&[40])),
+    both("memory-5000", to(5000), Work::Memory),
+    both("memory-9000", to(9000), Work::Memory),
+    ours("publish-cost", Work::PublishCost),
+    ours("idle-submissions", Work::IdleSubmissions),
+    ours("bodies", Work::Bodies),
+];
+
+const fn both(name: &'static str, shape: Shape, work: Work) -> Case {
+    Case {
+        name,
+        peer: true,
+        shape,
+        work,
+    }
+}
+
+const fn ours(name: &'static str, work: Work) -> Case {
+    Case {
+        peer: false,
+        ..both(name, to(0), work)
+    }
+}
+
+const fn to(subscribers: usize) -> Shape {
+    Shape {
+        subscribers,
+        topics: 1,
+        size: 64,
+        batch: 1,
+        cycle: 2000,
+    }
+}
+
+impl Case {
+    pub fn measure(&self, kind: Kind, time: Duration) -> Result<Vec<Figure>> {
+        match self.work {
+            Work::Connect => connect(kind, self.shape),
+            Work::Flat(windows) => flat(kind, self.shape, windows, time),
+            Work::Rate(rate) => at_rate(kind, self.shape, rate, time),
+            Work::Memory => memory(kind, self.shape),
+            Work::PublishCost => publish_cost(),
+            Work::IdleSubmissions => idle_submissions(time),
+            Work::Bodies => bodies(),
+        }
+    }
+}
+
+/// From the first connection attempt until the last response head.
+fn connect(kind: Kind, shape: Shape) -> Result<Vec<Figure>> {
+    let mut load = Load::start(Server::start(kind, &[])?, shape)?;
+    // They count only if they do get events.
+    load.at_rate(20.0, Duration::from_millis(100))?;
+    let took = load.connecting.as_secs_f64() * 1000.0;
+    Ok(vec![("connecting all".into(), "ms", took)])
+}
+
+fn flat(kind: Kind, shape: Shape, windows: &[u64], time: Duration) -> Result<Vec<Figure>> {
+    let mut load = Load::start(Server::start(kind, &[])?, shape)?;
+    let mut figures = Vec::new();
+    for window in windows {
+        let sample = load.flat_out(*window, time)?;
+        let figure = |name: &str, unit, value| (format!("{name}, {window} ahead"), unit, value);
+        figures.push(figure("flat out", "/s", sample.rate()));
+        figures.push(figure("CPU", "µs", sample.cpu_each()));
+        figures.push(figure("load generator", BUSY, sample.own_share()));
+    }
+    Ok(figures)
+}
+
+fn at_rate(kind: Kind, shape: Shape, rate: f64, time: Duration) -> Result<Vec<Figure>> {
+    let mut load = Load::start(Server::start(kind, &[])?, shape)?;
+    // The first events find cold caches and stacks.
+    load.at_rate(rate, Duration::from_secs(1))?;
+    let sample: Sample = load.at_rate(rate, 2 * time)?;
+    let latency = |name: &str, share| (name.to_string(), "ms", sample.latency(share));
+    Ok(vec![
+        latency("p50", 0.5),
+        latency("p99", 0.99),
+        latency("max", 1.0),
+        ("CPU".into(), "µs", sample.cpu_each()),
+        ("load generator".into(), BUSY, sample.own_share()),
+    ])
+}
+
+/// After ten events: what the first ones made resident stays so.
+///
+/// "Kernel included" is by how much the free memory fell, less what this process grew by itself.
+/// It holds the server's pages, the kernel's stacks and structures for its threads, and both ends
+/// of each connection: the client's end too, for both servers alike.
+fn memory(kind: Kind, shape: Shape) -> Result<Vec<Figure>> {
+    let server = Server::start(kind, &[])?;
+    let now = |server: &Server| {
+        let bytes = [available_memory(), resident("self"), server.resident()];
+        bytes.map(|bytes| bytes as f64 / 1024.0 / shape.subscribers as f64)
+    };
+    // The kernel takes back what an earlier case left.
+    thread::sleep(Duration::from_millis(500));
+    let before = now(&server);
+    let mut load = Load::start(server, shape)?;
+    load.at_rate(10.0, Duration::from_secs(1))?;
+    let after = now(&load.server);
+    let total = (before[0] - after[0]) - (after[1] - before[1]);
+    Ok(vec![
+        ("memory, kernel included".into(), "KiB", total),
+        ("memory, resident".into(), "KiB", after[2] - before[2]),
+    ])
+}
+
+/// Median round trip of a submission, one every 20 ms, as subscribers grow.
+fn publish_cost() -> Result<Vec<Figure>> {
+    const SUBMISSIONS: usize = 40;
+    let mut figures = Vec::new();
+    for subscribers in [0, 10, 100, 1000, 5000] {
+        let mut load = Load::start(Server::start(Kind::Ours, &[])?, to(subscribers))?;
+        let mut stream = connection(&load.server)?;
+        let requests: Vec<_> = (0..SUBMISSIONS).map(|n| load.publication(n)).collect();
+        let publish = move || -> Result<Vec<Duration>> {
+            let publish = |request: Vec<u8>| {
+                thread::sleep(Duration::from_millis(20));
+                round_trip(&mut stream, &request)
+            };
+            requests.into_iter().map(publish).collect()
+        };
+        load.swarm.tally.sending(SUBMISSIONS);
+        // A thread of its own, so that reading the deliveries does not hide the answer's arrival.
+        let publisher = thread::spawn(publish);
+        let read = load.swarm.settle();
+        let trips = publisher.join().expect("no panic")?;
+        let name = format!("submission, {subscribers} subscribers");
+        figures.push(read.map(|()| (name, "µs", median(trips)))?);
+    }
+    Ok(figures)
+}
+
+/// Submissions that nobody listens to, each sent once the one before is answered.
+fn idle_submissions(time: Duration) -> Result<Vec<Figure>> {
+    let server = Server::start(Kind::Ours, &[])?;
+    let request = server.publication(&[("nobody".into(), "x".repeat(64))]);
+    let submit = || -> Result<f64> {
+        let (mut stream, begin, mut count) = (connection(&server)?, Instant::now(), 0);
+        while begin.elapsed() < time {
+            round_trip(&mut stream, &request)?;
+            count += 1;
+        }
+        Ok(f64::from(count) / begin.elapsed().as_secs_f64())
+    };
+    let on = |connections: usize| {
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..connections).map(|_| scope.spawn(submit)).collect();
+            let rates = threads.into_iter().map(|t| t.join().expect("no panic"));
+            rates.sum::<Result<f64>>()
+        })
+    };
+    Ok(vec![
+        ("submissions, 1 connection".into(), "/s", on(1)?),
+        ("submissions, 4 connections".into(), "/s", on(4)?),
+    ])
+}
+
+/// Median round trips without a subscriber. What a submission takes longer than a ping is the
+/// opening of its token: base62 is quadratic.
+fn bodies() -> Result<Vec<Figure>> {
+    // 16 KiB of data make a token of 22 KiB: over the default limit, which is raised here only.
+    let server = Server::start(Kind::Ours, &[("SSE_MAX_BODY", "32768")])?;
+    let mut stream = connection(&server)?;
+    let mut trip = |request: &[u8]| -> Result<f64> {
+        let (begin, mut trips) = (Instant::now(), Vec::new());
+        while trips.len() < 20 || begin.elapsed() < Duration::from_millis(300) {
+            trips.push(round_trip(&mut stream, request)?);
+        }
+        Ok(median(trips))
+    };
+    let ping = b"GET /ping HTTP/1.1\r\nHost: bench\r\n\r\n";
+    let mut figures = vec![("ping".to_string(), "µs", trip(ping)?)];
+    for size in [64, 1024, 8192, 16384] {
+        let request = server.publication(&[("nobody".into(), "x".repeat(size))]);
+        let name = format!("submission of {size} bytes");
+        figures.push((name, "µs", trip(&request)?));
+    }
+    Ok(figures)
+}
+
+fn connection(server: &Server) -> Result<TcpStream> {
+    let stream = TcpStream::connect(server.address)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// Microseconds.
+fn median(mut durations: Vec<Duration>) -> f64 {
+    durations.sort_unstable();
+    durations[durations.len() / 2].as_secs_f64() * 1e6
+}

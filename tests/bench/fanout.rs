@@ -1,0 +1,96 @@
+//! Fan-out benchmark: this server against nginx with nchan, on one machine, in one run.
+//!
+//! This process is the load generator, the same for both servers; each server is a child process,
+//! started afresh for each case. Every delivery is checked: each subscriber gets every event once
+//! and in order, or the case has failed and the benchmark with it.
+//!
+//! `cargo bench --bench fanout -- [--case NAME,…] [--runs 3] [--only ours|nchan] [--seconds 2]`;
+//! a NAME that is no case stands for those that begin with it.
+
+mod cases;
+mod client;
+mod publish;
+mod report;
+mod servers;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use cases::{CASES, Case};
+use report::Report;
+use servers::Kind;
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+struct Options {
+    cases: Vec<&'static Case>,
+    runs: usize,
+    kinds: Vec<Kind>,
+    time: Duration,
+}
+
+fn main() -> ExitCode {
+    let outcome = options(std::env::args().skip(1)).and_then(run);
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            let names: Vec<_> = CASES.iter().map(|case| case.name).collect();
+            eprintln!("{error}\ncases: {}", names.join(" "));
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// False if a case has failed. A goal that is missed is no failure.
+fn run(options: Options) -> Result<bool> {
+    let mut report = Report::default();
+    for run in 0..options.runs {
+        for case in &options.cases {
+            let mut kinds = options.kinds.clone();
+            kinds.retain(|kind| case.peer || *kind == Kind::Ours);
+            if run % 2 == 1 {
+                kinds.reverse();
+            }
+            for kind in kinds {
+                eprint!("run {} {:<16} {:<5}", run + 1, case.name, kind.name());
+                report.add(case.name, kind, case.measure(kind, options.time));
+            }
+        }
+    }
+    report.finish(options.runs)
+}
+
+fn options(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
+    let mut options = Options {
+        cases: CASES.iter().collect(),
+        runs: 3,
+        kinds: vec![Kind::Ours, Kind::Nchan],
+        time: Duration::from_secs(2),
+    };
+    while let Some(name) = arguments.next() {
+        // cargo adds it.
+        if name == "--bench" {
+            continue;
+        }
+        let value = arguments.next().ok_or(format!("{name} needs a value"))?;
+        match (name.as_str(), value.as_str()) {
+            ("--case", names) => options.cases = names.split(',').flat_map(named).collect(),
+            ("--runs", number) => options.runs = number.parse()?,
+            ("--seconds", number) => options.time = Duration::from_secs_f64(number.parse()?),
+            ("--only", "ours") => options.kinds = vec![Kind::Ours],
+            ("--only", "nchan") => options.kinds = vec![Kind::Nchan],
+            _ => return Err(format!("unknown: {name} {value}").into()),
+        }
+    }
+    match options.cases.is_empty() {
+        true => Err("no such case".into()),
+        false => Ok(options),
+    }
+}
+
+fn named(name: &str) -> Vec<&'static Case> {
+    let exactly = CASES.iter().find(|case| case.name == name);
+    let beginning = || CASES.iter().filter(|case| case.name.starts_with(name));
+    exactly.map_or_else(|| beginning().collect(), |case| vec![case])
+}

@@ -1,0 +1,417 @@
+//! The server as a part of another program, through the crate's public API.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::marker::PhantomData;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use sse_server::{Config, Event, Key, Server};
+use support::*;
+
+const OTHER_SECRET: &str = "0101010101010101010101010101010101010101010101010101010101010101";
+
+/// A server in this process. Shut down and joined when dropped.
+struct Embedded {
+    server: Arc<Server>,
+    addr: SocketAddr,
+    thread: Option<JoinHandle<()>>,
+}
+
+fn key(secret: &str) -> Key {
+    Config::new(secret).unwrap().key
+}
+
+fn config(secret: &str) -> Config {
+    let mut config = Config::new(secret).unwrap();
+    config.listen = "127.0.0.1:0".parse().unwrap();
+    config
+}
+
+impl Embedded {
+    fn start(config: Config) -> Self {
+        let server = Server::bind(config).unwrap();
+        let addr = server.local_addr().unwrap();
+        let running = server.clone();
+        let thread = Some(thread::spawn(move || running.run()));
+        Self {
+            server,
+            addr,
+            thread,
+        }
+    }
+
+    #[track_caller]
+    fn subscribe(&self, key: &Key, topics: &[&str]) -> Subscriber {
+        let token = key.mint_subscription(topics).unwrap();
+        subscribe(self.addr, &format!("/events?token={token}"))
+    }
+
+    /// Submits over HTTP; how many streams the event was queued for.
+    #[track_caller]
+    fn submit(connection: &mut Connection, body: &str) -> u64 {
+        let length = format!("Content-Length: {}\r\n", body.len());
+        connection.send(request("POST", "/submit", &length, body.as_bytes()));
+        Submitted::from(connection.answer()).ok()
+    }
+
+    #[track_caller]
+    fn stop(&mut self) {
+        self.server.shutdown();
+        if let Some(thread) = self.thread.take() {
+            let ended = wait_until(DEADLINE, || thread.is_finished());
+            assert!(ended, "run() has not returned");
+            thread.join().expect("run() has not panicked");
+        }
+    }
+}
+
+impl Drop for Embedded {
+    fn drop(&mut self) {
+        self.server.shutdown();
+    }
+}
+
+fn event(topic: &str, name: &str, data: &str) -> Event {
+    Event::new(topic, name, data).unwrap()
+}
+
+#[test]
+fn the_defaults_are_those_of_the_protocol() {
+    let config = Config::new(SECRET).unwrap();
+    assert_eq!(config.listen, "127.0.0.1:8000".parse().unwrap());
+    assert_eq!(config.token_ttl, 86_400);
+    assert_eq!(config.submit_ttl, 300);
+    assert_eq!(config.max_subscribers, 10_000);
+    assert_eq!(config.max_topics, 64);
+    assert_eq!(config.max_body, 16_384);
+    assert_eq!(config.queue, 64);
+    assert_eq!(config.heartbeat, 15);
+    assert_eq!(config.retry, 3000);
+    assert_eq!(config.read_timeout, 10);
+    assert_eq!(config.write_timeout, 10);
+    assert_eq!(config.allow_origin, "*");
+    assert_eq!(config.metrics_listen, None);
+}
+
+/// An embedding program may have variables of its own, and reads ours as the binary does.
+#[test]
+fn settings_are_read_from_variables() {
+    let read = |vars: &[(&str, &str)]| {
+        let vars = vars
+            .iter()
+            .map(|(name, value)| (name.to_string(), value.to_string()));
+        Config::from_vars(vars.collect::<Vec<_>>().into_iter())
+    };
+    let secret = ("SSE_SECRET", SECRET);
+    let config = read(&[secret, ("PATH", "/"), ("QUEUE", "3"), ("SSE_QUEUE", "9")]).unwrap();
+    assert_eq!((config.queue, config.retry), (9, 3000));
+    for (vars, name) in [
+        (&[][..], "SSE_SECRET"),
+        (&[("SSE_SECRET", "abc")], "SSE_SECRET"),
+        (&[secret, ("SSE_QUEUE", "0")], "SSE_QUEUE"),
+    ] {
+        let problem = read(vars).err().expect(name);
+        assert!(problem.contains(name), "{problem}");
+    }
+}
+
+/// Whether a type can be printed: the inherent constant is found first, where its bound holds.
+struct Prints<T>(PhantomData<T>);
+
+trait CannotPrint {
+    const DEBUG: bool = false;
+}
+
+impl<T> CannotPrint for Prints<T> {}
+
+impl<T: Debug> Prints<T> {
+    const DEBUG: bool = true;
+}
+
+/// What a program logs about its settings must not give its secret away: what cannot be printed
+/// is not printed by mistake.
+#[test]
+fn a_secret_has_no_way_to_print() {
+    assert!(Prints::<String>::DEBUG);
+    assert!(!Prints::<Key>::DEBUG && !Prints::<Config>::DEBUG);
+    let wrong = format!("{}x", &SECRET[..63]);
+    let problem = Config::new(&wrong).err().unwrap();
+    assert!(problem.contains("SSE_SECRET"), "{problem}");
+    assert!(!problem.contains(&SECRET[..8]), "{problem}");
+}
+
+#[test]
+fn a_fresh_secret_is_a_key() {
+    let (one, two) = (Key::fresh_secret().unwrap(), Key::fresh_secret().unwrap());
+    assert_ne!(one, two);
+    assert!(Config::new(&one).is_ok());
+}
+
+/// An event that could forge a frame cannot be made, so nobody has to check it later.
+#[test]
+fn what_may_not_be_sent_cannot_be_made() {
+    let long = "t".repeat(257);
+    let key = key(SECRET);
+    for (topic, name) in [
+        ("", "a"),
+        (&*long, "a"),
+        ("t", "a\nb"),
+        ("t", "a\rb"),
+        ("t", "a\0b"),
+    ] {
+        assert!(Event::new(topic, name, "").is_err(), "{topic:?} {name:?}");
+        assert!(
+            key.mint_submission(topic, name, "").is_err(),
+            "{topic:?} {name:?}"
+        );
+    }
+    assert!(key.mint_subscription(&["news", ""]).is_err());
+    assert!(Event::new(&long[1..], "", "").is_ok());
+}
+
+#[test]
+fn an_event_published_in_process_reaches_a_client() {
+    let key = key(SECRET);
+    let mut embedded = Embedded::start(config(SECRET));
+    assert_ne!(embedded.addr.port(), 0);
+    let mut sub = embedded.subscribe(&key, &["news", "sport"]);
+    let receipt = embedded
+        .server
+        .publish(&[event("news", "update", "a\nb"), event("other", "", "")]);
+    let receipt = receipt.unwrap();
+    assert_eq!((receipt.events, receipt.deliveries), (2, 1));
+    sub.expect_event("update", "a\nb");
+    embedded.stop();
+    assert!(matches!(
+        sub.item(),
+        Some(Item::Comment(_) | Item::Retry(_))
+    ));
+    sub.expect_end();
+}
+
+/// A program that waits for its server to end must not wait for ever, and may start it again.
+#[test]
+fn shutdown_drains_and_run_returns() {
+    let key = key(SECRET);
+    let mut first = Embedded::start(Config {
+        queue: 5000,
+        ..config(SECRET)
+    });
+    // Not read until after the shutdown: some of it waits in the queue, not in the kernel.
+    let mut sub = first.subscribe(&key, &["news"]);
+    let frame = event("news", "", &"x".repeat(9000));
+    for _ in 0..1000 {
+        assert_eq!(
+            first
+                .server
+                .publish(std::slice::from_ref(&frame))
+                .unwrap()
+                .deliveries,
+            1
+        );
+    }
+    first.server.shutdown();
+    assert_eq!(sub.rest().len(), 1000);
+    assert!(
+        (3000..=6000).contains(&sub.retry.unwrap()),
+        "{:?}",
+        sub.retry
+    );
+    first.stop();
+    assert!(TcpStream::connect(first.addr).is_err());
+    // What nobody will be told is not taken.
+    assert!(first.server.publish(&[frame]).is_err());
+    let listen = first.addr;
+    let second = Embedded::start(Config {
+        listen,
+        ..config(SECRET)
+    });
+    let mut sub = second.subscribe(&key, &["news"]);
+    second
+        .server
+        .publish(&[event("news", "again", "")])
+        .unwrap();
+    sub.expect_event("again", "");
+}
+
+#[test]
+fn a_server_that_never_ran_can_be_shut_down() {
+    let server = Server::bind(config(SECRET)).unwrap();
+    server.shutdown();
+    let running = server.clone();
+    let mut embedded = Embedded {
+        addr: server.local_addr().unwrap(),
+        server,
+        thread: Some(thread::spawn(move || running.run())),
+    };
+    embedded.stop();
+}
+
+#[test]
+fn an_address_that_is_taken_is_an_error_that_names_it() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let listen = taken.local_addr().unwrap();
+    let problem = Server::bind(Config {
+        listen,
+        ..config(SECRET)
+    })
+    .err()
+    .unwrap();
+    assert!(
+        problem.to_string().contains(&listen.to_string()),
+        "{problem}"
+    );
+}
+
+/// No state is shared behind the servers' backs: neither topics, nor keys, nor limits, nor ends.
+#[test]
+fn several_servers_live_in_one_process() {
+    let keys: Vec<Key> = [SECRET, OTHER_SECRET]
+        .map(|text| text.parse().unwrap())
+        .into();
+    let mut one = Embedded::start(Config {
+        max_subscribers: 1,
+        ..config(SECRET)
+    });
+    let two = Embedded::start(config(OTHER_SECRET));
+    let mut sub_one = one.subscribe(&keys[0], &["news"]);
+    let mut subs_two: Vec<_> = (0..2).map(|_| two.subscribe(&keys[1], &["news"])).collect();
+    assert_eq!(
+        one.server
+            .publish(&[event("news", "one", "")])
+            .unwrap()
+            .deliveries,
+        1
+    );
+    assert_eq!(
+        two.server
+            .publish(&[event("news", "two", "")])
+            .unwrap()
+            .deliveries,
+        2
+    );
+    sub_one.expect_event("one", "");
+    let foreign = keys[0].mint_subscription(&["news"]).unwrap();
+    let mut connection = Connection::open(two.addr);
+    connection.send(request("GET", &format!("/events?token={foreign}"), "", b""));
+    assert_eq!(connection.answer().status, 401);
+    one.stop();
+    sub_one.expect_end();
+    two.server.publish(&[event("news", "after", "")]).unwrap();
+    for sub in &mut subs_two {
+        sub.expect_event("two", "");
+        sub.expect_event("after", "");
+    }
+}
+
+/// Two ways in, one order: what a tool publishes itself and what its backends submit.
+#[test]
+fn publishing_in_process_and_over_http_keeps_one_order() {
+    const EACH: usize = 300;
+    let key = key(SECRET);
+    let embedded = Embedded::start(Config {
+        queue: 5000,
+        ..config(SECRET)
+    });
+    let mut subs: Vec<_> = (0..8)
+        .map(|_| embedded.subscribe(&key, &["news"]))
+        .collect();
+    thread::scope(|scope| {
+        for publisher in ["p", "q"] {
+            let server = &embedded.server;
+            scope.spawn(move || {
+                for number in 0..EACH {
+                    let data = format!("{publisher} {number}");
+                    let batch = ["first", "second"].map(|name| event("news", name, &data));
+                    assert_eq!(server.publish(&batch).unwrap().deliveries, 16);
+                }
+            });
+        }
+        for publisher in ["r", "s"] {
+            let addr = embedded.addr;
+            scope.spawn(move || {
+                let mut connection = Connection::open(addr);
+                for number in 0..EACH {
+                    let data = format!("{publisher} {number}");
+                    let batch = ["first", "second"].map(|name| ("news", name, &*data));
+                    let body = mint(SECRET, &events_payload(&batch), now());
+                    assert_eq!(Embedded::submit(&mut connection, &body), 16);
+                }
+            });
+        }
+    });
+    embedded
+        .server
+        .publish(&[event("news", "end", "")])
+        .unwrap();
+    let read = |sub: &mut Subscriber| {
+        let next = || Some(sub.message()).filter(|message| message.name != "end");
+        std::iter::from_fn(next).collect::<Vec<_>>()
+    };
+    let order = read(&mut subs[0]);
+    assert_eq!(order.len(), 4 * EACH * 2);
+    for pair in order.chunks(2) {
+        assert_eq!((&*pair[0].name, &*pair[1].name), ("first", "second"));
+        assert_eq!(pair[0].data, pair[1].data);
+    }
+    for publisher in ["p", "q", "r", "s"] {
+        let own = order
+            .iter()
+            .filter(|message| message.data.starts_with(publisher));
+        let numbers: Vec<_> = own
+            .map(|message| message.data[2..].parse::<usize>().unwrap())
+            .collect();
+        assert!(
+            numbers.is_sorted() && numbers.len() == 2 * EACH,
+            "{publisher}"
+        );
+    }
+    for sub in &mut subs[1..] {
+        assert!(read(sub) == order, "another order");
+    }
+}
+
+/// A publisher inside the program must not be held up by a client that does not read.
+#[test]
+fn publishing_never_waits_for_a_subscriber() {
+    let key = key(SECRET);
+    let embedded = Embedded::start(config(SECRET));
+    let stalled = embedded.subscribe(&key, &["news"]);
+    let frame = [event("news", "", &"x".repeat(9000))];
+    let start = Instant::now();
+    let cut = wait_until(DEADLINE, || {
+        (0..100).any(|_| embedded.server.publish(&frame).unwrap().deliveries == 0)
+    });
+    assert!(cut, "nobody was cut");
+    // Before any timeout that a wait for the client could have ended with.
+    assert!(
+        start.elapsed() < Duration::from_secs(9),
+        "{:?}",
+        start.elapsed()
+    );
+    drop(stalled);
+}
+
+#[test]
+fn the_crate_mints_what_other_libraries_open() {
+    let key = key(&format!("{SECRET},{OTHER_SECRET}"));
+    let open = |token: &str| branca::decode(token, &bytes_of_hex(SECRET), 60).unwrap();
+    let token = key.mint_subscription(&["news", "caf\u{e9}"]).unwrap();
+    type Subscription = BTreeMap<String, Vec<String>>;
+    let opened: Subscription = rmp_serde::from_slice(&open(&token)).unwrap();
+    let topics = ["news", "caf\u{e9}"].map(String::from).to_vec();
+    assert_eq!(opened, BTreeMap::from([("topics".into(), topics)]));
+    let body = key.mint_submission("news", "update", "hi").unwrap();
+    type Submission = BTreeMap<String, Vec<BTreeMap<String, String>>>;
+    let opened: Submission = rmp_serde::from_slice(&open(&body)).unwrap();
+    let event = [("topic", "news"), ("event", "update"), ("data", "hi")];
+    let event = event
+        .map(|(name, value)| (name.into(), value.into()))
+        .into();
+    assert_eq!(opened, BTreeMap::from([("events".into(), vec![event])]));
+}
