@@ -9,6 +9,28 @@
 //! Who blocks on what: a connection's thread on that connection's requests; a publisher on nothing
 //! but the topic map's lock; a writer on its lane of due subscribers, and on one socket for a
 //! moment at most; nobody on a slow subscriber.
+//!
+//! ```
+//! use sse_server::{Config, Event, Key, Server};
+//!
+//! let mut config = Config::new(&Key::fresh_secret()?)?;
+//! config.listen = ([127, 0, 0, 1], 0).into(); // the system chooses the port
+//! let key = config.key.clone();
+//! let server = Server::bind(config)?;
+//! let running = server.clone();
+//! let thread = std::thread::spawn(move || running.run());
+//!
+//! // Where to send a browser that may read the topic:
+//! let token = key.mint_subscription(&["jobs"])?;
+//! println!("http://{}/events?token={token}", server.local_addr()?);
+//! // In-process: no HTTP, no token, the same guarantees.
+//! let receipt = server.publish(&[Event::new("jobs", "progress", "50 %")?])?;
+//! assert_eq!((receipt.events, receipt.deliveries), (1, 0));
+//!
+//! server.shutdown();
+//! thread.join().expect("the server does not panic");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 

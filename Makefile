@@ -1,0 +1,60 @@
+# Everything a fresh machine needs: a Rust toolchain, Python 3, make. What else the tests use they
+# install under target/, or, where they run as root on Debian, with apt-get.
+.DEFAULT_GOAL := help
+.PHONY: help run demo test lint soak fuzz bench static image clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+run: ## build and serve on 127.0.0.1:8000; prints how to try it
+	cargo build --release
+	@SSE_SECRET="$${SSE_SECRET:-$$(target/release/sse-server secret)}" sh -c '\
+	  export SSE_SECRET; \
+	  echo "In a second shell, subscribe:"; \
+	  echo "  export SSE_SECRET=$$SSE_SECRET PATH=$$PWD/target/release:\$$PATH"; \
+	  echo "  curl -N \"localhost:8000/events?token=\$$(sse-server token weather)\""; \
+	  echo "and in a third, after the same export, publish:"; \
+	  echo "  sse-server event weather update 21C | curl --data-binary @- localhost:8000/submit"; \
+	  exec target/release/sse-server'
+
+demo: target/venv ## a small web application with a list that is live in every tab
+	cargo build --release
+	target/venv/bin/python tests/demo/run.py
+
+test: tools target/venv target/tools/bin/geckodriver ## every test
+	cargo test --no-fail-fast
+	cargo test --doc
+	target/venv/bin/python -m pytest tests/python -q
+
+lint: ## formatting and clippy
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+
+soak: ## ten minutes of subscribers coming and going, every stream checked
+	SSE_SOAK_SECONDS=600 cargo test --release --test soak -- --nocapture
+
+bench: tools ## the fan-out benchmark against nginx with nchan; about seven minutes
+	cargo bench --bench fanout -- $(ARGS)
+
+static: ## a static binary at target/static/sse-server
+	sh tests/ship/static.sh
+
+image: static ## an image FROM scratch, with docker or podman
+	sh tests/ship/image.sh
+
+clean: ## remove all that was built or installed here
+	rm -rf target
+
+target/venv: tests/python/requirements.txt
+	python3 -m venv target/venv
+	target/venv/bin/pip install -q -r tests/python/requirements.txt
+	@touch target/venv
+
+# Debian has no geckodriver; without it the tests of Firefox say that they are skipped.
+target/tools/bin/geckodriver:
+	-command -v firefox-esr firefox >/dev/null && cargo install -q geckodriver --version 0.37.1 \
+	  --locked --debug --root target/tools
+
+.PHONY: tools
+tools:
+	@sh tests/tools.sh
