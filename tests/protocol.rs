@@ -160,9 +160,6 @@ fn bad_submissions() -> Vec<(&'static str, Vec<u8>)> {
             "an event that is a list",
             second(pack(&["news", "update", "hi"])),
         ),
-        ("the topic twice", {
-            second(map(&[("topic", pack("news")), ("topic", pack("news"))]))
-        }),
         ("a list that ends early", {
             [&[0x81][..], &pack("events"), &[0x92], &good()].concat()
         }),
@@ -177,7 +174,8 @@ fn bad_submissions() -> Vec<(&'static str, Vec<u8>)> {
 /// the CORS header lets a browser's console show it. None of them may help to guess a secret.
 #[test]
 fn what_is_wrong_is_answered_as_the_protocol_says() {
-    let server = TestServer::start(&[]);
+    // After a 413 the connection is closed when the rest of the body came, or did not.
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "2")]);
     let good = server.token(&["news"]);
     let old = |payload: &[u8], age| server.mint_at(payload, now() - age);
     let foreign = mint(OTHER_SECRET, &topics_payload(&["news"]), now());

@@ -506,6 +506,27 @@ fn a_signal_drains_every_stream_and_ends_with_status_0() {
     }
 }
 
+/// Nor may the client with the longest queue be the one that is not told when to come back.
+#[test]
+fn a_full_queue_is_drained_and_told_farewell() {
+    let metrics = ("SSE_METRICS_LISTEN", "127.0.0.1:0");
+    let mut server = TestServer::start(&[("SSE_QUEUE", "20"), PATIENT[1], metrics]);
+    let mut late = server.subscribe(&["news"]);
+    let mut queued = 0;
+    let full = wait_until(DEADLINE, || {
+        queued += fill(&server, "news", 1);
+        server.metric("sse_queue_high_water") == 20
+    });
+    assert!(full, "{queued} events, and the queue is not full");
+    server.signal("TERM");
+    assert!(wait_until(DEADLINE, || TcpStream::connect(server.addr).is_err()));
+    assert_eq!(late.message().name, "message");
+    late.retry = None;
+    assert_eq!(late.rest().len() as u64, queued - 1);
+    assert!(late.retry.is_some(), "no farewell");
+    assert_eq!(server.wait_for_end().code(), Some(0));
+}
+
 /// A subscriber that takes nothing must not hold up a restart for ever.
 #[test]
 fn a_stalled_subscriber_is_cut_off_5_seconds_after_the_signal() {

@@ -123,11 +123,7 @@ fn publish(
         let last = stop.load(SeqCst);
         let name = if last { LAST } else { "tick" };
         let data = format!("{count} {}", started.elapsed().as_micros());
-        let body = mint(
-            secret,
-            &events_payload(&[("witness", name, &data)]),
-            now(),
-        );
+        let body = mint(secret, &events_payload(&[("witness", name, &data)]), now());
         let length = format!("Content-Length: {}\r\n", body.len());
         let begun = Instant::now();
         connection.send(request("POST", "/submit", &length, body.as_bytes()));
@@ -372,7 +368,9 @@ impl Vitals {
 #[track_caller]
 pub fn need_descriptors(count: u64) {
     let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
-    let line = limits.lines().find(|line| line.starts_with("Max open files"));
+    let line = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"));
     let soft = line.and_then(|line| line.split_whitespace().nth(3));
     let soft = soft.expect("a limit");
     if soft == "unlimited" || soft.parse::<u64>().unwrap() >= count {
@@ -382,10 +380,15 @@ pub fn need_descriptors(count: u64) {
     let both = format!("--nofile={count}:{count}");
     let raise = |limit: &str| {
         let process = id().to_string();
-        let status = Command::new("prlimit").args(["--pid", &process, limit]).status();
+        let status = Command::new("prlimit")
+            .args(["--pid", &process, limit])
+            .status();
         status.expect("prlimit of util-linux").success()
     };
-    assert!(raise(&soft) || raise(&both), "this test needs {count} descriptors");
+    assert!(
+        raise(&soft) || raise(&both),
+        "this test needs {count} descriptors"
+    );
 }
 
 /// Runs a program to its end; it must succeed.
