@@ -98,8 +98,7 @@ fn parsed<T: FromStr>(vars: &mut Vars, name: &str, or: &str, what: &str) -> Resu
 
 fn number(vars: &mut Vars, name: &str, or: u32, largest: u32) -> Result<u32, String> {
     let what = format!("a whole number from 1 to {largest}");
-    match parsed(vars, name, &or.to_string(), &what)? {
-        number if (1..=largest).contains(&number) => Ok(number),
-        _ => Err(format!("{name} must be {what}")),
-    }
+    let number = parsed(vars, name, &or.to_string(), &what)?;
+    let allowed = (1..=largest).contains(&number).then_some(number);
+    allowed.ok_or(format!("{name} must be {what}"))
 }

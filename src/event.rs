@@ -64,8 +64,6 @@ pub const HEARTBEAT: &[u8] = b":\n\n";
 /// Tells a client how many milliseconds to wait before it reconnects: `least` to twice that, at
 /// random, since clients that lost a server together must not all come back together.
 pub fn retry(least: u32) -> Frame {
-    let random = RandomState::new().hash_one(()) as u32 % (least + 1);
-    format!("retry: {}\n:\n\n", least + random)
-        .into_bytes()
-        .into()
+    let delay = least + RandomState::new().hash_one(()) as u32 % (least + 1);
+    format!("retry: {delay}\n:\n\n").into_bytes().into()
 }

@@ -10,8 +10,8 @@ use parking_lot::Mutex;
 use crate::event::{Event, Frame, HEARTBEAT, Topic, Topics};
 use crate::{error::Refusal, journal::Journal, subscriber::Stream, subscriber::Subscriber};
 
-/// Subscribers that are due to be written. Not bounded itself: each subscriber stands in one
-/// lane at most, and once.
+/// Subscribers that wait for a writer. Not bounded itself: each subscriber stands in one lane at
+/// most, and once.
 pub type Lane = (Sender<Arc<Subscriber>>, Receiver<Arc<Subscriber>>);
 
 /// What became of a submission.
@@ -26,8 +26,10 @@ pub struct Receipt {
 }
 
 pub struct Hub {
-    /// For subscribers that take what they are sent, and for those that once did not.
-    pub lanes: [Lane; 2],
+    /// Subscribers that have something to be sent.
+    pub due: Lane,
+    /// Those whose socket was full: they are due again in a moment.
+    pub stalled: Lane,
     pub journal: Journal,
     /// Subscribers at once, and events that may wait for each.
     pub capacity: usize,
@@ -43,7 +45,8 @@ pub struct Hub {
 impl Hub {
     pub fn new(capacity: usize, queue: usize) -> Self {
         Self {
-            lanes: [unbounded(), unbounded()],
+            due: unbounded(),
+            stalled: unbounded(),
             journal: Journal::new(),
             capacity,
             queue,
@@ -66,11 +69,11 @@ impl Hub {
     /// From now on every event of the topics reaches the subscriber's queue; its stream begins
     /// with `head`. Registered before the head is written, whoever has seen it misses nothing.
     pub fn subscribe(&self, topics: Topics, head: Vec<u8>, writer: Box<dyn Write + Send>) {
-        let subscriber = Arc::new(Subscriber {
+        let new = Arc::new(Subscriber {
             topics,
-            queue: bounded(self.queue),
+            // One place more than events may take: for the farewell.
+            queue: bounded(self.queue + 1),
             scheduled: AtomicBool::new(false),
-            slow: AtomicBool::new(false),
             lagging: AtomicBool::new(false),
             stream: Mutex::new(Stream {
                 writer,
@@ -80,11 +83,10 @@ impl Hub {
             }),
         });
         let mut map = self.topics.lock();
-        for topic in &subscriber.topics {
-            let new = subscriber.clone();
-            map.entry(topic.clone()).or_default().push(new);
+        for topic in &new.topics {
+            map.entry(topic.clone()).or_default().push(new.clone());
         }
-        self.schedule(&subscriber);
+        self.schedule(&new);
     }
 
     /// Queues the events to every subscriber of their topics. The lock is held for all of them:
@@ -99,17 +101,16 @@ impl Hub {
         for Event { topic, frame } in events {
             receipt.events += 1;
             for subscriber in map.get(topic).into_iter().flatten() {
-                // try_send, not send: under this lock one full queue would stall every publisher.
-                if subscriber.lagging.load(SeqCst) {
-                    continue;
-                } else if subscriber.queue.0.try_send(frame.clone()).is_ok() {
+                let waiting = subscriber.queue.0.len();
+                if waiting < self.queue && !subscriber.lagging.load(SeqCst) {
+                    // try_send, not send: nothing may ever wait under this lock.
+                    let _has_room = subscriber.queue.0.try_send(frame.clone());
                     receipt.deliveries += 1;
                     receipt.bytes += frame.len();
+                    self.longest_queue.fetch_max(waiting + 1, SeqCst);
                 } else {
                     subscriber.lagging.store(true, SeqCst);
                 }
-                let waiting = subscriber.queue.0.len();
-                self.longest_queue.fetch_max(waiting, SeqCst);
                 self.schedule(subscriber);
             }
         }
@@ -119,18 +120,17 @@ impl Hub {
         Ok(receipt)
     }
 
-    /// Puts a subscriber into its lane, unless it stands there already.
+    /// Makes a subscriber due, unless it is or its socket is full.
     fn schedule(&self, subscriber: &Arc<Subscriber>) {
         if !subscriber.scheduled.swap(true, SeqCst) {
-            let lane = &self.lanes[usize::from(subscriber.slow.load(SeqCst))];
-            let _never_fails = lane.0.send(subscriber.clone());
+            let _never_fails = self.due.0.send(subscriber.clone());
         }
     }
 
     /// Ends a subscriber's turn. What was queued during the turn was not scheduled: it is now.
-    pub fn put_back(&self, subscriber: &Arc<Subscriber>, stalled: bool) {
+    pub fn put_back(&self, subscriber: &Arc<Subscriber>) {
         subscriber.scheduled.store(false, SeqCst);
-        if stalled || !subscriber.queue.1.is_empty() || subscriber.lagging.load(SeqCst) {
+        if !subscriber.queue.1.is_empty() || subscriber.lagging.load(SeqCst) {
             self.schedule(subscriber);
         } else if self.closed.load(SeqCst) && !subscriber.scheduled.swap(true, SeqCst) {
             self.remove(subscriber);

@@ -7,8 +7,7 @@
 //! `journal` (counters and log) are the ground.
 //!
 //! Who blocks on what: a connection's thread on that connection's requests; a publisher on nothing
-//! but the topic map's lock; a writer on its lane of due subscribers, and on one socket for a
-//! moment at most; nobody on a slow subscriber.
+//! but the topic map's lock; a writer on the lane of due subscribers; nobody on a slow subscriber.
 //!
 //! ```
 //! use sse_server::{Config, Event, Key, Server};
@@ -32,7 +31,6 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 #![forbid(unsafe_code)]
-#![deny(missing_docs)]
 
 mod config;
 mod error;

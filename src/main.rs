@@ -9,10 +9,9 @@ use sse_server::{Config, Key, Server};
 const VERSION: &str = concat!("sse-server ", env!("CARGO_PKG_VERSION"));
 
 fn main() {
-    let args: Vec<_> = env::args_os().skip(1).collect();
-    let args: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();
-    let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
-    match run(&args) {
+    let args = env::args_os().map(|arg| arg.to_string_lossy().into_owned());
+    let args: Vec<String> = args.skip(1).collect();
+    match run(&args.iter().map(String::as_str).collect::<Vec<_>>()) {
         Ok(text) => println!("{}", text.trim_end()),
         Err(error) => {
             eprintln!("{}", error.to_string().trim_end());

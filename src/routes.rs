@@ -49,11 +49,11 @@ pub fn respond(server: &Server, metrics: bool, mut request: Request) -> bool {
         (Method::Options, _) if !metrics => Ok((PREFLIGHT, String::new())),
         _ => Err(Refusal::new(405, format!("wrong method. {allow}"))),
     };
-    // What is left of a refused body must not be read as the next request; nor what follows a
-    // length that the library could not read and took for none, or chunks that nobody wanted.
+    // What is left of a refused body must not be read as the next request, nor a body that nobody
+    // wanted.
     let sent = |name| request.headers().get(name).is_some();
     let framed = sent("Content-Length") || sent("Transfer-Encoding");
-    let last = outcome.is_err() || framed && request.body_length().is_none();
+    let last = outcome.is_err() || framed && *request.method() != Method::Post;
     let (status, fields, body) = match outcome {
         Ok((PREFLIGHT, body)) => (204, PREFLIGHT, body),
         Ok((fields, body)) => (200, fields, body + "\n"),

@@ -2,8 +2,9 @@
 
 use std::net::{Shutdown, SocketAddr, TcpListener};
 use std::sync::atomic::Ordering::SeqCst;
-use std::{fs, io, panic::catch_unwind, sync::Arc, thread, time::Duration, time::Instant};
+use std::{io, panic::catch_unwind, sync::Arc, thread, time::Duration, time::Instant};
 
+use nix::sys::{resource, resource::getrlimit, socket::setsockopt, socket::sockopt, time::TimeVal};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tiny_http::{Listener, SslContextWrap};
 
@@ -21,6 +22,9 @@ const MAX_CONNECTIONS: usize = 4096;
 const EAGER: usize = 512;
 /// Address space for each of them; what is touched of it, about 16 KiB, becomes memory.
 const STACK: usize = 512 * 1024;
+/// Threads that write: as many as the cores of the smallest machines. More gain little, since
+/// they meet at the topic map's lock and in the kernel.
+const WRITERS: usize = 2;
 /// How long an ending server waits for its subscribers to take what is queued.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -92,15 +96,10 @@ impl Server {
         let [patience, silence] =
             [self.config.write_timeout, self.config.heartbeat].map(Duration::from_secs);
         thread::scope(|scope| {
-            for lane in [0, 0, 1] {
-                scope.spawn(move || writer::run(&self.hub, lane, patience));
+            for _ in 0..WRITERS {
+                scope.spawn(move || writer::run(&self.hub, patience));
             }
-            scope.spawn(move || {
-                while !self.hub.closed.load(SeqCst) {
-                    self.hub.beat(silence);
-                    thread::sleep(writer::TICK);
-                }
-            });
+            scope.spawn(move || writer::keep(&self.hub, silence));
             if let Some(listener) = &self.metrics_listener {
                 scope.spawn(|| self.accept(listener, true));
             }
@@ -154,7 +153,7 @@ impl Server {
                 // Out of descriptors, as a rule. Whoever connects waits in the kernel meanwhile.
                 _ => {
                     journal.warn("sse_accept_failures_total", "cannot accept connections");
-                    thread::sleep(Duration::from_millis(100));
+                    thread::sleep(Duration::from_secs(1));
                 }
             }
         }
@@ -170,8 +169,9 @@ fn listen(config: &Config, address: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
     socket.set_tcp_nodelay(true)?;
     socket.set_read_timeout(Some(read))?;
-    // How long a writer may wait for one stream: the kernel's next tick, 1 to 10 ms.
-    socket.set_write_timeout(Some(Duration::from_millis(1)))?;
+    // Linux takes less than no time for no wait: a write that a full socket makes wait for one
+    // tick, the least that std can set, holds up all others for 8 ms here; this one takes 2 µs.
+    setsockopt(&socket, sockopt::SendTimeout, &TimeVal::new(-1, 0))?;
     // A peer that vanished acknowledges nothing. Its connection ends after this time, and the
     // next heartbeat's write reports it.
     socket.set_tcp_user_timeout(Some(write))?;
@@ -184,9 +184,7 @@ fn listen(config: &Config, address: SocketAddr) -> io::Result<TcpListener> {
 /// Open files the system allows. Of those, what connections may be, a seventh, since each has two
 /// until it becomes a stream; and what streams may be, two thirds. The rest is for the process.
 fn limits() -> (usize, usize, usize) {
-    let limits = fs::read_to_string("/proc/self/limits").unwrap_or_default();
-    let mut lines = limits.lines().map(str::split_whitespace);
-    let soft = lines.find_map(|line| line.skip_while(|word| *word != "files").nth(1));
-    let files = soft.and_then(|it| it.parse().ok()).unwrap_or(usize::MAX);
+    let files = getrlimit(resource::Resource::RLIMIT_NOFILE)
+        .map_or(usize::MAX, |(soft, _hard)| soft as usize);
     (files, MAX_CONNECTIONS.min(files / 7), files / 3 * 2)
 }

@@ -17,8 +17,6 @@ pub struct Subscriber {
     pub queue: (Sender<Frame>, Receiver<Frame>),
     /// Stands in a lane or is being written: must not be put into a lane again.
     pub scheduled: AtomicBool,
-    /// Has made a writer wait, and is left to the slow lane from then on.
-    pub slow: AtomicBool,
     /// Has missed an event, because its queue was full: gets no other and is cut.
     pub lagging: AtomicBool,
     /// Locked by whoever writes it. No two ever want to: `scheduled` sees to that.
@@ -36,8 +34,8 @@ pub struct Stream {
 }
 
 impl Subscriber {
-    /// Writes what waits, in as few writes as can be. Blocks while the socket is full, but only
-    /// for the moment that the socket's own timeout allows. Says whether it is full.
+    /// Writes what waits, in as few writes as can be. Does not block: says whether the socket was
+    /// full.
     ///
     /// # Errors
     /// Why the subscriber has to be cut: among others, `patience` without progress.
@@ -56,10 +54,9 @@ impl Subscriber {
         }
         let written = stream.flush().map_err(|error| error.kind());
         stream.stalled = written.is_err();
-        self.slow.fetch_or(stream.stalled, SeqCst);
         match written {
-            Ok(()) | Err(ErrorKind::Interrupted) => Ok(stream.stalled),
-            Err(ErrorKind::WouldBlock) if stream.active.elapsed() < patience => Ok(stream.stalled),
+            Ok(()) => Ok(false),
+            Err(ErrorKind::WouldBlock) if stream.active.elapsed() < patience => Ok(true),
             Err(ErrorKind::WouldBlock | ErrorKind::TimedOut) => Err("write_timeout"),
             Err(_) => Err("disconnected"),
         }

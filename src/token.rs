@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs::File, io, io::Read, str::FromStr};
 
 use branca::{Branca, errors::Error};
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned, de::IgnoredAny};
 
 use crate::{config::Config, error::Refusal, event::Event, event::Topic, event::Topics};
 
@@ -26,14 +26,20 @@ pub struct Key {
     previous: [u8; 32],
 }
 
+/// Unknown keys are ignored. That each of these structs collects them, flattened, also keeps serde
+/// from taking a list, or numbers for keys, in place of the map that is agreed.
 #[derive(Deserialize)]
 struct Subscription {
     topics: Vec<String>,
+    #[serde(flatten)]
+    _unknown: IgnoredAny,
 }
 
 #[derive(Deserialize)]
 struct Submission {
     events: Vec<RawEvent>,
+    #[serde(flatten)]
+    _unknown: IgnoredAny,
 }
 
 #[derive(Default, Deserialize)]
@@ -42,6 +48,8 @@ struct RawEvent {
     topic: String,
     event: String,
     data: String,
+    #[serde(flatten)]
+    _unknown: IgnoredAny,
 }
 
 impl Key {
@@ -82,20 +90,17 @@ impl Key {
 
     /// The topics a token permits, each once.
     pub(crate) fn open_subscription(&self, token: &str, of: &Config) -> Result<Topics, Refusal> {
-        let Subscription { topics } = self.open(token, of.token_ttl)?;
+        let topics = self.open::<Subscription>(token, of.token_ttl)?.topics;
         let topics: Topics = topics.iter().map(Topic::new).collect::<Result<_, _>>()?;
         if (1..=of.max_topics as usize).contains(&topics.len()) {
             return Ok(topics);
         }
-        Err(Refusal::new(
-            400,
-            "a token names 1 to SSE_MAX_TOPICS topics",
-        ))
+        Err(Refusal::new(400, "a token has 1 to SSE_MAX_TOPICS topics"))
     }
 
     /// The events of a submission, all of them checked.
     pub(crate) fn open_submission(&self, token: &str, of: &Config) -> Result<Vec<Event>, Refusal> {
-        let Submission { events } = self.open(token, of.submit_ttl)?;
+        let events = self.open::<Submission>(token, of.submit_ttl)?.events;
         let checked = |raw: &RawEvent| Event::new(&raw.topic, &raw.event, &raw.data);
         events.iter().map(checked).collect()
     }
@@ -118,15 +123,12 @@ impl Key {
 
 /// Reads a payload that is one MessagePack map and nothing behind it.
 fn decode<T: DeserializeOwned>(mut payload: &[u8]) -> Result<T, String> {
-    // serde would take a list for a struct too; only a map is agreed.
-    let is_map = matches!(payload.first(), Some(0x80..=0x8f | 0xde | 0xdf));
     let mut decoder = rmp_serde::Deserializer::new(&mut payload);
     decoder.set_max_depth(MAX_DEPTH);
     let decoded = T::deserialize(&mut decoder);
-    match decoded.map_err(|error| format!("wrong payload: {error}"))? {
-        value if is_map && payload.is_empty() => Ok(value),
-        _ => Err("the payload is not one MessagePack map".into()),
-    }
+    let value = decoded.map_err(|error| format!("wrong payload: {error}"))?;
+    let whole = payload.is_empty().then_some(value);
+    whole.ok_or("the payload is more than one MessagePack map".into())
 }
 
 impl FromStr for Key {

@@ -88,10 +88,17 @@ fn each_dependency_has_one_door() {
         ("rmp_serde", &["src/token.rs"]),
         ("serde", &["src/token.rs"]),
         ("tiny_http", &["src/routes.rs", "src/server.rs"]),
+        ("crossbeam_channel", &["src/hub.rs", "src/subscriber.rs"]),
         (
-            "crossbeam_channel",
-            &["src/hub.rs", "src/pool.rs", "src/subscriber.rs"],
+            "parking_lot",
+            &[
+                "src/hub.rs",
+                "src/journal.rs",
+                "src/subscriber.rs",
+                "src/token.rs",
+            ],
         ),
+        ("nix", &["src/server.rs"]),
         ("socket2", &["src/server.rs"]),
         ("signal_hook", &["src/main.rs"]),
     ];
