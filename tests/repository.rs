@@ -167,6 +167,7 @@ fn the_direct_dependencies_are_those_that_were_agreed() {
     let agreed = [
         "branca",
         "crossbeam-channel",
+        "nix",
         "parking_lot",
         "rmp-serde",
         "serde",
