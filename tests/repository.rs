@@ -184,6 +184,22 @@ fn the_direct_dependencies_are_those_that_were_agreed() {
     assert!(manifest.contains(r#"package = "tiny_http_fork", version = "="#));
 }
 
+/// The crate's own copy is compiled and run as a test.
+#[test]
+fn the_readme_shows_the_embedding_example_of_the_crate() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, rest) = readme.split_once("```rust\n").expect("a block in Rust");
+    let (shown, _) = rest.split_once("```").unwrap();
+    let library = fs::read_to_string(root().join("src/lib.rs")).unwrap();
+    let lines = library.lines().filter_map(|line| line.strip_prefix("//!"));
+    let lines = lines.map(|line| line.strip_prefix(' ').unwrap_or(line));
+    let example = lines.skip_while(|line| *line != "```").skip(1);
+    let example = example.take_while(|line| *line != "```");
+    // A line that only the test needs is hidden in the crate's documentation.
+    let example: Vec<_> = example.filter(|line| !line.starts_with("# ")).collect();
+    assert_eq!(shown.trim_end(), example.join("\n"));
+}
+
 /// A defence that no test shows is a claim. The table's last column names the tests.
 #[test]
 fn every_test_that_the_threat_table_names_exists() {

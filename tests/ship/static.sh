@@ -1,0 +1,35 @@
+#!/bin/sh
+# Leaves a stripped binary that needs no library of the system at target/static/sse-server.
+set -eu
+cd "$(dirname "$0")/../.."
+musl=$(uname -m)-unknown-linux-musl
+binary=target/static/sse-server
+
+# musl is made for this, but its standard library has to be installed: rustup target add.
+# Without it glibc does as well here: nothing in the server looks up names or users, which is what
+# glibc cannot do statically (and what the linker's warning is about, if there is one).
+if [ -d "$(rustc --print target-libdir --target "$musl" 2>/dev/null)" ]; then
+    target=$musl
+else
+    target=$(rustc -vV | sed -n 's/^host: //p')
+fi
+
+# In a directory of its own: other flags would make the next `cargo build` start from nothing.
+RUSTFLAGS='-C target-feature=+crt-static' \
+    cargo build --release --locked --target "$target" --target-dir target/static-build
+mkdir -p target/static
+install -m 755 "target/static-build/$target/release/sse-server" "$binary"
+
+# Proof: neither the flag nor the target are, where a toolchain has its own idea of them.
+# ldd fails for some static binaries and not for others, so what counts is what it says.
+linking=$(LC_ALL=C ldd "$binary" 2>&1) || true
+case $linking in
+    *"statically linked"* | *"not a dynamic executable"* | *"Not a valid dynamic program"*) ;;
+    *) echo "$binary is not static: $linking" >&2 && exit 1 ;;
+esac
+sections=$(readelf --sections --wide "$binary")
+case $sections in
+    *.symtab* | *.debug_*) echo "$binary is not stripped" >&2 && exit 1 ;;
+esac
+size=$(wc -c <"$binary")
+echo "$binary: static, stripped, for $target, $size bytes ($(((size + 1023) / 1024)) KiB)"
