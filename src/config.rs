@@ -15,7 +15,7 @@ pub struct Config {
     pub token_ttl: u32,
     /// Seconds a submission lives, which bounds its replay. Default 300: clocks may differ.
     pub submit_ttl: u32,
-    /// Streams at once. Default 10000: about 400 MB of memory.
+    /// Streams at once. Default 10000: 111 MiB of memory while they keep up (`make bench`).
     pub max_subscribers: u32,
     /// Topics in one token. Default 64: about as many as fit the longest token.
     pub max_topics: u32,

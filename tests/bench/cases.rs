@@ -25,6 +25,7 @@ enum Work {
     /// Events a second.
     Rate(f64),
     Memory,
+    Sizing,
     PublishCost,
     IdleSubmissions,
     Bodies,
@@ -64,6 +65,7 @@ pub const CASES: &[Case] = &[
     both("batch-10", BATCHES, Work::Flat(&[40])),
     both("memory-5000", to(5000), Work::Memory),
     both("memory-9000", to(9000), Work::Memory),
+    ours("sizing", Work::Sizing),
     ours("publish-cost", Work::PublishCost),
     ours("idle-submissions", Work::IdleSubmissions),
     ours("bodies", Work::Bodies),
@@ -102,6 +104,7 @@ impl Case {
             Work::Flat(windows) => flat(kind, self.shape, windows, time),
             Work::Rate(rate) => at_rate(kind, self.shape, rate, time),
             Work::Memory => memory(kind, self.shape),
+            Work::Sizing => sizing(),
             Work::PublishCost => publish_cost(),
             Work::IdleSubmissions => idle_submissions(time),
             Work::Bodies => bodies(),
@@ -152,10 +155,32 @@ fn at_rate(kind: Kind, shape: Shape, rate: f64, time: Duration) -> Result<Vec<Fi
 /// It holds the server's pages, the kernel's stacks and structures for its threads, and both ends
 /// of each connection: the client's end too, for both servers alike.
 fn memory(kind: Kind, shape: Shape) -> Result<Vec<Figure>> {
+    let [_, total, resident] = grown(kind, shape)?;
+    let each = shape.subscribers as f64 / 1024.0;
+    Ok(vec![
+        ("memory, kernel included".into(), "KiB", total / each),
+        ("memory, resident".into(), "KiB", resident / each),
+    ])
+}
+
+/// What the whole server takes with so many subscribers.
+fn sizing() -> Result<Vec<Figure>> {
+    let mut figures = Vec::new();
+    for subscribers in [100, 1000, 10_000] {
+        let [before, total, _] = grown(Kind::Ours, to(subscribers))?;
+        let name = format!("memory, {subscribers} subscribers");
+        figures.push((name, "MiB", before + total));
+    }
+    Ok(figures)
+}
+
+/// MiB: resident memory of the server before any subscriber came; what they took of the machine's
+/// memory, without the clients' own; what of that is resident in the server.
+fn grown(kind: Kind, shape: Shape) -> Result<[f64; 3]> {
     let server = Server::start(kind, &[])?;
     let now = |server: &Server| {
         let bytes = [available_memory(), resident("self"), server.resident()];
-        bytes.map(|bytes| bytes as f64 / 1024.0 / shape.subscribers as f64)
+        bytes.map(|bytes| bytes as f64 / 1024.0 / 1024.0)
     };
     // The kernel takes back what an earlier case left.
     thread::sleep(Duration::from_millis(500));
@@ -164,10 +189,7 @@ fn memory(kind: Kind, shape: Shape) -> Result<Vec<Figure>> {
     load.at_rate(10.0, Duration::from_secs(1))?;
     let after = now(&load.server);
     let total = (before[0] - after[0]) - (after[1] - before[1]);
-    Ok(vec![
-        ("memory, kernel included".into(), "KiB", total),
-        ("memory, resident".into(), "KiB", after[2] - before[2]),
-    ])
+    Ok([before[2], total, after[2] - before[2]])
 }
 
 /// Median round trip of a submission, one every 20 ms, as subscribers grow.

@@ -1,0 +1,189 @@
+"""What is shipped: the static binary and the image. The image is run as a container runs it, with
+the system's own tools, so that no engine's helpers are in the way: process 1 of a namespace, and no
+file but the image's."""
+
+import json
+import os
+import re
+import secrets
+import signal
+import struct
+import subprocess
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+from branca import Branca
+from conftest import DEADLINE, ROOT, TARGET, Process, SseServer, free_port, missing, subscribe
+from conftest import tool, until
+
+USER = "65532:65532"
+
+
+def make(target):
+    """What it said. A first build takes minutes."""
+    tool("cargo")
+    done = subprocess.run([tool("make"), target], cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    if "neither docker nor podman works" in done.stderr:
+        missing("neither docker nor podman works here")
+    assert done.returncode == 0
+    return done.stdout
+
+
+class Image:
+    """The image as its engine hands it on: its configuration, and its layers unpacked."""
+
+    def __init__(self, folder):
+        said = make("image")
+        engine = re.search(r"image sse-server, made with (\w+): \d+ bytes", said)[1]
+        archive, self.tree = folder / "image.tar", folder / "tree"
+        subprocess.run([engine, "save", "--output", archive, "sse-server"], check=True)
+        self.tree.mkdir()
+        self.tree.chmod(0o755)
+        with tarfile.open(archive) as saved:
+            manifest = json.load(saved.extractfile("manifest.json"))[0]
+            self.config = json.load(saved.extractfile(manifest["Config"]))["config"]
+            for name in manifest["Layers"]:
+                with tarfile.open(fileobj=saved.extractfile(name)) as layer:
+                    layer.extractall(self.tree, filter="fully_trusted")
+        self.env = dict(variable.split("=", 1) for variable in self.config["Env"])
+
+    def inside(self, *command):
+        return [tool("chroot"), f"--userspec={USER}", self.tree, *command]
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    return Image(tmp_path_factory.mktemp("image"))
+
+
+class Contained(SseServer):
+    """The server as the image starts it, but for the port, which others may use."""
+
+    def __init__(self, image, **settings):
+        self.image, self.port, self.secret = image, free_port(), secrets.token_hex(32)
+        self.url, self.branca = f"http://127.0.0.1:{self.port}", Branca(self.secret)
+        self.listen = image.env["SSE_LISTEN"].replace("8000", str(self.port))
+        self.env = image.env | {"SSE_SECRET": self.secret, "SSE_LISTEN": self.listen}
+        self.env |= {f"SSE_{name.upper()}": str(value) for name, value in settings.items()}
+        command = image.inside(*image.config["Entrypoint"])
+        Process.__init__(self, [tool("unshare"), "--pid", "--fork", *command], self.env)
+        self.find(re.escape(f"listening on {self.listen},"))
+        # `unshare` waits for it, and ends with its status.
+        parent = self.child.pid
+        self.pid = int(Path(f"/proc/{parent}/task/{parent}/children").read_text())
+
+    def healthy(self):
+        """Runs the image's health check beside it, as an engine does."""
+        kind, *check = self.image.config["Healthcheck"]["Test"]
+        assert kind == "CMD"  # CMD-SHELL would need a shell
+        check = self.image.inside(*check)
+        return subprocess.run(check, env=self.env, timeout=DEADLINE).returncode == 0
+
+
+@pytest.fixture
+def contained(start, image):
+    """contained(queue=4, …) starts the image."""
+    if os.geteuid() != 0 or subprocess.run([tool("unshare"), "--pid", "--fork", "true"]).returncode:
+        missing("only root can chroot and make process namespaces")
+    return lambda **settings: start(Contained, image, **settings)
+
+
+# It must run on any Linux, of whatever age and libc.
+def test_the_binary_is_static_and_stripped():
+    said = make("static")
+    binary = (TARGET / "static" / "sse-server").read_bytes()
+    assert f"static, stripped, for {os.uname().machine}-" in said
+    assert f"{len(binary)} bytes" in said
+    # ELF: the segments' types, of which 3 names a dynamic loader.
+    assert binary[:5] == b"\x7fELF\x02"
+    at, size, count = struct.unpack_from("<32xQ14xHH", binary)
+    segments = [struct.unpack_from("<I", binary, at + size * i)[0] for i in range(count)]
+    assert 1 in segments and 3 not in segments
+    assert b".symtab\0" not in binary and b".debug_info\0" not in binary
+
+
+# Whatever else were in it would have to be kept up to date.
+def test_the_image_holds_the_binary_and_nothing_else(image):
+    assert [path.name for path in image.tree.rglob("*")] == ["sse-server"]
+    binary = image.tree / "sse-server"
+    assert binary.read_bytes() == (TARGET / "static" / "sse-server").read_bytes()
+    # Not the user's, who then could replace it.
+    assert (binary.stat().st_uid, binary.stat().st_mode & 0o7777) == (0, 0o755)
+
+
+# An orchestrator reads it: a number tells it that this is not root, the rest how to run it.
+def test_the_image_says_how_it_is_run(image):
+    config = image.config
+    assert config["User"] == USER
+    assert config["Entrypoint"] == ["/sse-server"] and not config.get("Cmd")
+    assert config["ExposedPorts"] == {"8000/tcp": {}}
+    # Engines add a PATH.
+    assert {name: image.env[name] for name in image.env.keys() - {"PATH"}} == {
+        "SSE_LISTEN": "0.0.0.0:8000"
+    }
+    assert config["Healthcheck"]["Test"] == ["CMD", "/sse-server", "ping"]
+
+
+# A scratch image has no /proc, /dev or /etc of its own. Engines mount some, and serving needs none:
+# only what makes secrets and tokens may read /dev/urandom.
+def test_the_image_serves_as_process_1_without_any_other_file(contained):
+    server = contained()
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    assert re.search(r"(?m)^NSpid:\s.*\s1$", status)
+    assert re.search(r"(?m)^Uid:\s65532\s65532\s65532\s65532$", status)
+    assert os.listdir(f"/proc/{server.pid}/root") == ["sse-server"]
+    assert requests.get(f"{server.url}/ping", timeout=DEADLINE).status_code == 200
+    sub = subscribe(f"{server.url}/events?token={server.token('news')}")
+    assert server.publish("news", "update", "21 °C") == 1
+    assert sub.event() == ("update", "21 °C")
+
+
+# An orchestrator restarts what is not healthy, and only that.
+def test_the_image_tells_whether_it_is_healthy(contained):
+    server = contained()
+    assert server.healthy()
+    server.kill()
+    until(lambda: not server.healthy(), "the health check sees that nobody listens")
+
+
+# A rollout. Process 1 gets only the signals that it asked for, and orchestrators kill after some
+# seconds whoever does not end; what was accepted has to arrive all the same.
+def test_the_image_drains_and_ends_within_2_seconds_of_sigterm(contained):
+    metrics = f"127.0.0.1:{free_port()}"
+    # A write timeout longer than the test: the client is not to be cut while it does not read.
+    server = contained(metrics_listen=metrics, write_timeout=600)
+    reads = threading.Event()
+    sub = subscribe(
+        f"{server.url}/events?token={server.token('news')}",
+        decode=lambda chunk: reads.wait() and chunk,
+    )
+
+    def waiting():
+        lines = requests.get(f"http://{metrics}/metrics", timeout=DEADLINE).text
+        return int(re.search(r"(?m)^sse_queue_high_water (\d+)$", lines)[1])
+
+    # The kernel takes some megabytes for a client that does not read. What is in the queue, a
+    # server that just ended would lose.
+    body, sent = server.submission(("news", "", "x" * 9000)), 0
+    while waiting() < 8:
+        answer = requests.post(f"{server.url}/submit", data=body, timeout=DEADLINE)
+        assert answer.json()["deliveries"] == 1
+        sent += 1
+    assert server.publish("news", "last", "") == 1
+    start = time.monotonic()
+    os.kill(server.pid, signal.SIGTERM)
+    reads.set()
+    assert server.child.wait(DEADLINE) == 0
+    took = time.monotonic() - start
+    assert took < 2, f"{took:.2f} s"
+    assert sub.ended.wait(DEADLINE)
+    first, *events, last, farewell = [frame for frame in sub.frames.queue if frame != ":"]
+    assert events == ["data: " + "x" * 9000] * sent
+    assert last == "event: last\ndata: "
+    # After all of them, when to come back: not the one that every stream begins with.
+    assert all(re.fullmatch(r"retry: \d+\n:", retry) for retry in (first, farewell))
