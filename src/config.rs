@@ -21,7 +21,8 @@ pub struct Config {
     pub max_topics: u32,
     /// Bytes of a submission. Default 16384, which takes about 15 ms to open: base62 is quadratic.
     pub max_body: u32,
-    /// Events that may wait for one subscriber before it is cut. Default 64: at most 1 MiB.
+    /// Events that may wait for one subscriber before it is cut. Default 64: as a rule at
+    /// most 1 MiB; of events that are nothing but line ends, 5 MiB.
     pub queue: u32,
     /// Seconds of silence before a comment is sent. Default 15: proxies give up after 60, the
     /// address translation of mobile networks after 30.

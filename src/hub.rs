@@ -34,6 +34,7 @@ pub struct Hub {
     /// Subscribers at once, and events that may wait for each.
     pub capacity: usize,
     queue: usize,
+    /// Under this lock a stream's and the journal's are taken, never the other way round.
     topics: Mutex<HashMap<Topic, Vec<Arc<Subscriber>>>>,
     pub subscribers: AtomicUsize,
     longest_queue: AtomicUsize,
@@ -127,7 +128,8 @@ impl Hub {
         }
     }
 
-    /// Ends a subscriber's turn. What was queued during the turn was not scheduled: it is now.
+    /// Ends a subscriber's turn. What was queued during the turn was not scheduled: it is now. Where
+    /// nothing was, and nothing more will be, the subscriber has had its farewell and goes.
     pub fn put_back(&self, subscriber: &Arc<Subscriber>) {
         subscriber.scheduled.store(false, SeqCst);
         if !subscriber.queue.1.is_empty() || subscriber.lagging.load(SeqCst) {
@@ -137,12 +139,13 @@ impl Hub {
         }
     }
 
-    /// Queues a heartbeat to every subscriber whose socket was silent for so long.
+    /// Adds a heartbeat to every stream whose socket was silent for so long.
     pub fn beat(&self, silence: Duration) {
         for subscriber in self.topics.lock().values().flatten() {
-            let idle = !subscriber.scheduled.load(SeqCst);
-            if idle && subscriber.stream.lock().active.elapsed() >= silence {
-                let _unless_full = subscriber.queue.0.try_send(HEARTBEAT.into());
+            let (idle, mut stream) = (!subscriber.scheduled.load(SeqCst), subscriber.stream.lock());
+            // Not through the queue, where it would take an event's place.
+            if idle && stream.active.elapsed() >= silence {
+                stream.rest.extend_from_slice(HEARTBEAT);
                 self.schedule(subscriber);
             }
         }
@@ -172,15 +175,16 @@ impl Hub {
     /// Takes no more events. Every stream writes what is queued for it and a `farewell`, and ends.
     pub fn close(&self, farewell: impl Fn() -> Frame) {
         let map = self.topics.lock();
-        self.closed.store(true, SeqCst);
         for (topic, subscribers) in map.iter() {
             // A subscriber of several topics is met several times, and told once.
             let once = |it: &&Arc<Subscriber>| it.topics.first() == Some(topic);
             for subscriber in subscribers.iter().filter(once) {
-                let _unless_full = subscriber.queue.0.try_send(farewell());
-                self.schedule(subscriber);
+                let _has_room = subscriber.queue.0.try_send(farewell());
             }
         }
+        // In this order: whoever is found idle and closed has its farewell, and has its turn.
+        self.closed.store(true, SeqCst);
+        map.values().flatten().for_each(|it| self.schedule(it));
     }
 
     /// What the journal does not count, under its names.

@@ -42,7 +42,8 @@ fn run(args: &[&str]) -> Result<String, Box<dyn Error>> {
 fn serve() -> Result<String, Box<dyn Error>> {
     // One line for a panic, where the default hook writes several.
     panic::set_hook(Box::new(|info| {
-        eprintln!("internal error: {}", info.to_string().replace('\n', " "));
+        let line = info.to_string().replace('\n', " ");
+        let _unread = writeln!(io::stderr(), "internal error: {line}");
     }));
     // vars_os: one variable that is not UTF-8, whosever it is, must not end the server.
     let vars = env::vars_os().filter_map(|(name, value)| {

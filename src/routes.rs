@@ -8,9 +8,9 @@ use crate::{error::Refusal, event, event::Topics, server::Server};
 
 /// Characters in the longest token of a query: 64 topics of 40 bytes; a millisecond to open.
 const MAX_TOKEN: usize = 4096;
-/// Bytes of an oversized chunked body that are still taken, so that its sender sees the answer:
-/// closing on unread bytes resets the connection.
-const MAX_DISCARD: u64 = 1024 * 1024;
+/// Bytes of a chunked body that are read. More than are kept, so that the sender of an oversized
+/// one sees the answer: closing on unread bytes resets the connection.
+const MAX_READ: usize = 2 * 1024 * 1024;
 /// No length and no chunks: the stream ends with the connection, also behind HTTP/1.0 proxies.
 const STREAM_HEAD: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\
     Cache-Control: no-store\r\nX-Accel-Buffering: no\r\nConnection: close\r\n";
@@ -61,20 +61,20 @@ pub fn respond(server: &Server, metrics: bool, mut request: Request) -> bool {
         Err(Refusal { status: 503, text }) => (503, "Retry-After: 5", text + "\n"),
         Err(Refusal { status, text }) => (status, "", text + "\n"),
     };
-    let sample = format!("sse_answers_total{{path=\"{known}\",status=\"{status}\"}}");
-    let line = format!("{known} {status}: {}", body.trim_end());
+    let name = format!("sse_answers_total{{path=\"{known}\",status=\"{status}\"}}");
+    // What is quoted may be a part of the payload, which is not for the log.
+    let why = body.split(['"', '`', '\n']).next().unwrap_or_default();
     match status {
-        200..300 => hub.journal.add(&sample, 1),
-        _ => hub.journal.warn(&sample, &line),
+        200..300 => hub.journal.add(&name, 1),
+        _ => hub.journal.warn(&name, &format!("{known} {status}: {why}")),
     }
     let mut response = Response::from_string(body).with_status_code(status);
     for line in fields.lines().chain([&*cors]) {
         let header: Header = line.parse().expect("constant or checked at start");
         response.add_header(header);
     }
-    // Where nobody is left to be answered, the next read on the connection ends it.
-    let _gone = request.respond(response);
-    last || hub.closed.load(SeqCst)
+    // Nor may an answer follow half of one that the client did not take.
+    request.respond(response).is_err() || last || hub.closed.load(SeqCst)
 }
 
 fn authorize(server: &Server, query: &str) -> Result<Topics, Refusal> {
@@ -88,13 +88,14 @@ fn authorize(server: &Server, query: &str) -> Result<Topics, Refusal> {
 }
 
 fn submit(server: &Server, request: &mut Request) -> Result<(&'static str, String), Refusal> {
-    let (max, mut body) = (server.config.max_body as usize, Vec::new());
-    let mut length = request.body_length().unwrap_or_default();
+    let (max, size) = (server.config.max_body as usize, request.body_length());
+    let (mut length, mut body) = (size.unwrap_or_default(), Vec::new());
     if length <= max {
-        let reader = request.as_reader();
-        let read = (&mut *reader).take(max as u64 + 1).read_to_end(&mut body);
+        // The library sets no end where a client asks for an upgrade; what is declared does.
+        let mut reader = request.as_reader().take(size.unwrap_or(MAX_READ) as u64);
+        let read = (&mut reader).take(max as u64 + 1).read_to_end(&mut body);
         length = read.map_err(|_| Refusal::new(400, "the body is malformed or stalled"))?;
-        let _discarded = io::copy(&mut reader.take(MAX_DISCARD), &mut io::sink());
+        let _discarded = io::copy(&mut reader, &mut io::sink());
     }
     if length > max {
         return Err(Refusal::new(413, format!("the body is over {max} bytes")));

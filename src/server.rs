@@ -2,7 +2,7 @@
 
 use std::net::{Shutdown, SocketAddr, TcpListener};
 use std::sync::atomic::Ordering::SeqCst;
-use std::{io, panic::catch_unwind, sync::Arc, thread, time::Duration, time::Instant};
+use std::{io, io::Write, panic::catch_unwind, sync::Arc, thread, time::Duration, time::Instant};
 
 use nix::sys::{resource, resource::getrlimit, socket::setsockopt, socket::sockopt, time::TimeVal};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
@@ -93,13 +93,11 @@ impl Server {
     /// at most 5 seconds. Blocks all that time: give it a thread of its own. Streams that have
     /// not ended by then are cut when the server is dropped.
     pub fn run(self: &Arc<Self>) {
-        let [patience, silence] =
-            [self.config.write_timeout, self.config.heartbeat].map(Duration::from_secs);
         thread::scope(|scope| {
             for _ in 0..WRITERS {
-                scope.spawn(move || writer::run(&self.hub, patience));
+                scope.spawn(move || writer::run(&self.hub, self.config.write_timeout));
             }
-            scope.spawn(move || writer::keep(&self.hub, silence));
+            scope.spawn(move || writer::keep(&self.hub, self.config.heartbeat));
             if let Some(listener) = &self.metrics_listener {
                 scope.spawn(|| self.accept(listener, true));
             }
@@ -109,7 +107,7 @@ impl Server {
                 thread::sleep(Duration::from_millis(2));
             }
             self.hub.over.store(true, SeqCst);
-            eprintln!("stopped");
+            let _unread = writeln!(io::stderr(), "stopped");
         });
     }
 

@@ -19,7 +19,7 @@ pub struct Subscriber {
     pub scheduled: AtomicBool,
     /// Has missed an event, because its queue was full: gets no other and is cut.
     pub lagging: AtomicBool,
-    /// Locked by whoever writes it. No two ever want to: `scheduled` sees to that.
+    /// Locked by the one writer whose turn it is, and for a moment to see how long it was silent.
     pub stream: Mutex<Stream>,
 }
 

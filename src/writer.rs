@@ -15,17 +15,17 @@ use crate::hub::Hub;
 /// they are cut.
 const TICK: Duration = Duration::from_millis(20);
 
-/// Ticks between two looks for silent streams (how late a heartbeat may come; a look at 10,000
-/// takes a millisecond), and of a writer with nothing to do at whether the server is over.
+/// Ticks between two looks for silent streams (how late a heartbeat may come; a look at 10,000 of
+/// one topic each takes a millisecond), and at whether the server is over.
 const BEAT: u32 = 5;
 
 /// Writes streams that are due, until the server is over. One that takes nothing for `patience`
-/// is cut.
-pub fn run(hub: &Hub, patience: Duration) {
+/// seconds is cut.
+pub fn run(hub: &Hub, patience: u64) {
     while !hub.over.load(SeqCst) {
         if let Ok(subscriber) = hub.due.1.recv_timeout(BEAT * TICK) {
             // A panic ends its own stream and nothing else.
-            let write = AssertUnwindSafe(|| subscriber.write(patience));
+            let write = AssertUnwindSafe(|| subscriber.write(Duration::from_secs(patience)));
             match catch_unwind(write).unwrap_or(Err("panicked")) {
                 Ok(false) => hub.put_back(&subscriber),
                 Ok(true) => _ = hub.stalled.0.send(subscriber),
@@ -35,10 +35,11 @@ pub fn run(hub: &Hub, patience: Duration) {
     }
 }
 
-/// Makes stalled streams due again and sends heartbeats, until the server is over.
-pub fn keep(hub: &Hub, silence: Duration) {
+/// Makes stalled streams due again, and sends a heartbeat to those that were silent for `silence`
+/// seconds, until the server is over.
+pub fn keep(hub: &Hub, silence: u64) {
     while !hub.over.load(SeqCst) {
-        hub.beat(silence);
+        hub.beat(Duration::from_secs(silence));
         for _ in 0..BEAT {
             thread::sleep(TICK);
             for subscriber in hub.stalled.1.try_iter().take(hub.stalled.1.len()) {

@@ -8,7 +8,7 @@
 mod attack;
 mod support;
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -1072,6 +1072,105 @@ fn a_flood_of_the_longest_garbage_tokens_delays_no_submission_for_long() {
     assert!(account.worst_submission < DEADLINE / 3);
 }
 
+/// An answer that does not fit the socket any more is lost with its connection: the next one may
+/// not follow half of it, where the client would take it for the lost one.
+#[test]
+fn answers_that_a_client_does_not_take_end_its_connection() {
+    let _alone = alone();
+    let server = TestServer::start(&[]);
+    let witness = Witness::start(&server);
+    let mut stream = connect_narrow(server.addr);
+    let pings = request("GET", "/ping", "", b"").repeat(1000);
+    let closed = (0..1000).any(|_| !send(&mut stream, &pings));
+    assert!(closed, "a million answers went somewhere");
+    let bytes = read_to_end(&mut stream);
+    let text = String::from_utf8_lossy(&bytes);
+    let answers: Vec<_> = text.split("HTTP/1.1 200 OK\r\n").skip(1).collect();
+    let (_cut_short, whole) = answers.split_last().expect("answers");
+    assert!(!whole.is_empty());
+    for answer in whole {
+        assert!(answer.ends_with("\r\n\r\nok\n"), "{answer}");
+    }
+    witness.finish("3 answers not taken");
+}
+
+/// A log whose reader died is no reason to end, or to answer nobody.
+#[test]
+fn nobody_needs_to_read_the_log() {
+    let mut command = binary(&[("SSE_LISTEN", "127.0.0.1:0")]);
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    log.read_line(&mut line).unwrap();
+    let (_, rest) = line.split_once("listening on ").expect("a start line");
+    let addr = rest.split(',').next().unwrap().parse().unwrap();
+    drop(log);
+    for _ in 0..3 {
+        let mut stream = connect(addr);
+        send(&mut stream, &request("GET", "/nowhere", "", b""));
+        assert_eq!(fate(&mut stream), Fate::Closed(vec![404]));
+    }
+    kill(child.id(), "TERM");
+    assert!(wait_until(DEADLINE, || child.try_wait().unwrap().is_some()));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+/// A queue has room for SSE_QUEUE events also at the moment when a heartbeat is due.
+#[test]
+fn a_heartbeat_takes_no_events_place() {
+    const COUNT: usize = 2000;
+    let _alone = alone();
+    need_descriptors(20_000);
+    let settings = [
+        ("SSE_QUEUE", "1"),
+        ("SSE_HEARTBEAT", "1"),
+        ("SSE_METRICS_LISTEN", "127.0.0.1:0"),
+    ];
+    let server = TestServer::start(&settings);
+    let target = format!("/events?token={}", server.token(&["news"]));
+    // The first to have a heartbeat: those of all others are on their way then.
+    let mut one = server.subscribe(&["news"]);
+    assert!(matches!(one.item(), Some(Item::Retry(_))));
+    one.expect_heartbeat();
+    let (streams, _) = storm(COUNT, server.addr, request("GET", &target, "", b""));
+    assert_eq!(
+        server.publish(&[("news", "first", "")]).ok(),
+        COUNT as u64 + 1
+    );
+    assert_eq!(one.message().name, "first");
+    for _ in 0..5 {
+        one.expect_heartbeat();
+        assert_eq!(
+            server.publish(&[("news", "now", "")]).ok(),
+            COUNT as u64 + 1
+        );
+        one.expect_event("now", "");
+    }
+    drop(streams);
+}
+
+/// Whoever was just being written when the signal came is told when to come back, like the others.
+#[test]
+fn every_stream_of_thousands_gets_its_event_and_its_farewell() {
+    const COUNT: usize = 2000;
+    let _alone = alone();
+    need_descriptors(20_000);
+    for _ in 0..3 {
+        let mut server = TestServer::start(&[]);
+        let token = server.token(&["news"]);
+        let mut streams: Vec<_> = (0..COUNT).map(|_| server.stream(&token)).collect();
+        assert_eq!(server.publish(&[("news", "last", "")]).ok(), COUNT as u64);
+        server.signal("TERM");
+        for stream in &mut streams {
+            stream.expect_event("last", "");
+            stream.retry = None;
+            assert_eq!(stream.rest().len(), 0);
+            assert!(stream.retry.is_some(), "no farewell");
+        }
+        assert_eq!(server.wait_for_end().code(), Some(0));
+    }
+}
+
 // ------------------------------------------------------------------------ 9, 10: by the thousand
 
 /// 20,000 streams, opened and left, half of them with a reset.
@@ -1091,7 +1190,7 @@ fn twenty_thousand_connections_come_and_go_and_leave_nothing_behind() {
                     for cycle in 0..cycles / 4 {
                         // Where the departed, noticed at their second heartbeat, still take
                         // all places, a client is told to try later.
-                        let mut stream = loop {
+                        let stream = loop {
                             let mut stream = connect_from(host, addr);
                             send(&mut stream, &request("GET", &target, "", b""));
                             match fate(&mut stream) {

@@ -355,6 +355,46 @@ fn what_is_wrong_is_answered_as_the_protocol_says() {
     );
 }
 
+/// Java's HTTP client and curl's --http2 offer an upgrade with each request. It is declined, and the
+/// body ends where it was said to.
+#[test]
+fn an_offered_upgrade_is_declined_and_the_submission_taken() {
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "600")]);
+    let mut sub = server.subscribe(&["news"]);
+    for size in [1, 9000] {
+        let data = "x".repeat(size);
+        let body = server.submission(&[("news", "", &data)]);
+        let fields = format!(
+            "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n\
+             Content-Length: {}\r\n",
+            body.len()
+        );
+        let mut connection = server.connect();
+        connection.send(request("POST", "/submit", &fields, body.as_bytes()));
+        assert_eq!(Submitted::from(connection.answer()).ok(), 1);
+        sub.expect_event("message", &data);
+    }
+}
+
+/// What is wrong in a payload is told to its sender alone.
+#[test]
+fn nothing_of_a_payload_is_logged() {
+    let server = TestServer::start(&[]);
+    let secret = "private-room-of-alice";
+    for payload in [
+        map(&[("topics", pack(secret))]),
+        map(&[("events", pack(secret))]),
+        map(&[("events", list(&[map(&[("data", pack(&4_111_111))])]))]),
+    ] {
+        let token = server.mint(&payload);
+        assert_eq!(server.get(&format!("/events?token={token}")).status, 400);
+        assert_eq!(server.post("/submit", token.as_bytes()).status, 400);
+        server.wait_for_log("/submit 400: wrong payload");
+    }
+    let log = server.log();
+    assert!(!log.contains("alice") && !log.contains("4111111"), "{log}");
+}
+
 /// A HEAD request has no body to be answered with, on an error neither: the bytes would be taken
 /// for the next answer.
 #[test]
