@@ -29,7 +29,7 @@ app = Flask(__name__)
 @app.get("/events")
 def events():
     # Check here who asks, as on every other page: the token lets its holder read the topic.
-    # The browser comes back to this address whenever it reconnects, so no token gets too old.
+    # The page comes back to this address whenever its stream has ended, so no token gets too old.
     token = branca.encode(msgpack.packb({"topics": [TOPIC]}))
     return redirect(f"{PUSH_PUBLIC_URL}/events?token={token}", 307)
 

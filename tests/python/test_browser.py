@@ -167,7 +167,22 @@ def test_a_page_heals_itself_when_the_server_restarts(serve, demo, browser, end)
     page.lists("after", "meanwhile", "before")
 
 
-# What makes the test above mean something: the first token would have been refused.
+# A backend can check again who asks only if it is asked again. The token of the first connection
+# would still do, and Chromium, left alone, would go on with it.
+def test_every_reconnect_goes_through_the_backend(serve, demo, browser):
+    server = serve(retry=300)
+    app = demo(server)
+    page = Page(browser, app.url).shows("live")
+    assert sum("GET /events " in line for line in app.lines) == 1
+    server.kill()
+    server.again()
+    until(lambda: sum("GET /events " in line for line in app.lines) >= 2, "the backend is asked")
+    page.shows("live")
+    app.add("with a new token")
+    page.lists("with a new token")
+
+
+# What makes the healing above mean something: the first token would have been refused.
 def test_an_old_token_is_refused(serve):
     server = serve(token_ttl=1)
     old = server.token("list", timestamp=int(time.time()) - 3)
