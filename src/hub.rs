@@ -128,8 +128,8 @@ impl Hub {
         }
     }
 
-    /// Ends a subscriber's turn. What was queued during the turn was not scheduled: it is now. Where
-    /// nothing was, and nothing more will be, the subscriber has had its farewell and goes.
+    /// Ends a subscriber's turn. What was queued during the turn was not scheduled: it is now.
+    /// Where nothing was, and nothing more will be, the subscriber has had its farewell and goes.
     pub fn put_back(&self, subscriber: &Arc<Subscriber>) {
         subscriber.scheduled.store(false, SeqCst);
         if !subscriber.queue.1.is_empty() || subscriber.lagging.load(SeqCst) {

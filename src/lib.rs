@@ -7,7 +7,8 @@
 //! `journal` (counters and log) are the ground.
 //!
 //! Who blocks on what: a connection's thread on that connection's requests; a publisher on nothing
-//! but the locks of the topic map and the counters; a writer on the lane of due subscribers; nobody on a slow subscriber.
+//! but the locks of the topic map and the counters; a writer on the lane of due subscribers; nobody
+//! on a slow subscriber.
 //!
 //! ```
 //! use sse_server::{Config, Event, Key, Server};

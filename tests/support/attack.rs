@@ -1,6 +1,7 @@
 //! What the tests that attack the server share: a witness, dice, rude clients, vital signs.
 #![allow(dead_code)] // Each test file is a program of its own and needs a part of this.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -401,4 +402,30 @@ pub fn run_program(line: &str) -> String {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{line}: {errors}");
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Says that a test cannot run here, even where the output of tests is kept; under `CI=true`,
+/// where nothing is skipped, fails it.
+#[track_caller]
+pub fn missing(what: &str) {
+    let skipped = std::env::var("CI").as_deref() != Ok("true");
+    assert!(skipped, "under CI nothing is skipped: {what}");
+    let name = thread::current().name().unwrap_or("a test").to_string();
+    let _ = writeln!(std::io::stderr(), "SKIPPED {name}: {what}");
+}
+
+/// A line a second for each thing that can be complained of, whatever happens.
+#[track_caller]
+pub fn expect_few_lines(server: &TestServer, during: Duration) {
+    let log = server.log();
+    let mut counts = BTreeMap::new();
+    for line in log.lines().skip(1) {
+        *counts.entry(line).or_insert(0) += 1;
+    }
+    println!("  lines in {during:.1?}: {counts:?}");
+    for (line, count) in counts {
+        // Two more: one at each end of the time.
+        let most = during.as_secs() + 2;
+        assert!(count <= most, "{count} times in {during:.1?}: {line}");
+    }
 }
