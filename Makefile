@@ -33,6 +33,12 @@ lint: ## formatting and clippy
 soak: ## ten minutes of subscribers coming and going, every stream checked
 	SSE_SOAK_SECONDS=600 cargo test --release --test soak -- --nocapture
 
+fuzz: target/tools/bin/cargo-fuzz ## coverage-guided fuzzing of tokens and request targets
+	mkdir -p target/fuzz/corpus-token target/fuzz/corpus-target
+	for target in token target; do RUSTC_BOOTSTRAP=1 target/tools/bin/cargo-fuzz fuzz run \
+	  --fuzz-dir tests/fuzz --target-dir target/fuzz $$target target/fuzz/corpus-$$target \
+	  -- -max_total_time=$(or $(SECONDS),60) || exit 1; done
+
 bench: tools ## the fan-out benchmark against nginx with nchan; about seven minutes
 	cargo bench --bench fanout -- $(ARGS)
 
@@ -54,6 +60,9 @@ target/venv: tests/python/requirements.txt
 target/tools/bin/geckodriver:
 	-command -v firefox-esr firefox >/dev/null && cargo install -q geckodriver --version 0.37.1 \
 	  --locked --debug --root target/tools
+
+target/tools/bin/cargo-fuzz:
+	cargo install -q cargo-fuzz --version 0.13.2 --locked --debug --root target/tools
 
 .PHONY: tools
 tools:
