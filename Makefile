@@ -37,7 +37,8 @@ fuzz: target/tools/bin/cargo-fuzz ## coverage-guided fuzzing of tokens and reque
 	mkdir -p target/fuzz/corpus-token target/fuzz/corpus-target
 	for target in token target; do RUSTC_BOOTSTRAP=1 target/tools/bin/cargo-fuzz fuzz run \
 	  --fuzz-dir tests/fuzz --target-dir target/fuzz $$target target/fuzz/corpus-$$target \
-	  -- -max_total_time=$(or $(SECONDS),60) || exit 1; done
+	  tests/fuzz/seeds/$$target -- -max_total_time=$(or $(SECONDS),60) -timeout=10 \
+	  -artifact_prefix=target/fuzz/$$target- || exit 1; done
 
 bench: tools ## the fan-out benchmark against nginx with nchan; about seven minutes
 	cargo bench --bench fanout -- $(ARGS)
