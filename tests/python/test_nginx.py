@@ -229,6 +229,19 @@ def test_dripped_headers_are_stopped_by_the_proxy(serve, behind):
     assert passed_on(proxy) == []
 
 
+# Such a line makes the library wait for itself, for ever. nginx never passes it on.
+@pytest.mark.parametrize("version", ["2.0", "3.0"])
+def test_an_http2_request_line_is_stopped_by_the_proxy(serve, behind, version):
+    server = serve()
+    proxy = behind(server)
+    with greet(proxy) as connection:
+        connection.sendall(f"GET /ping HTTP/{version}\r\nHost: a\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert re.match(rb"HTTP/1.1 (400|505) ", answer) or not answer
+    assert passed_on(proxy) == []
+    assert server.publish("a", "", "", url=server.url) == 0
+
+
 # One address must not take every stream there is.
 def test_one_address_gets_a_limited_number_of_streams(serve, behind):
     server = serve()
