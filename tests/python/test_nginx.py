@@ -237,7 +237,7 @@ def test_an_http2_request_line_is_stopped_by_the_proxy(serve, behind, version):
     with greet(proxy) as connection:
         connection.sendall(f"GET /ping HTTP/{version}\r\nHost: a\r\n\r\n".encode())
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
-    assert re.match(rb"HTTP/1.1 (400|505) ", answer) or not answer
+    assert b" 505 HTTP Version Not Supported" in answer
     assert passed_on(proxy) == []
     assert server.publish("a", "", "", url=server.url) == 0
 
