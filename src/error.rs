@@ -1,14 +1,14 @@
-//! Why a request is refused.
+//! Why a request is refused, and which status says so.
 
 use std::{error, fmt};
 
-/// Why a request was refused: the HTTP status that says it, and a text that tells a backend
-/// developer what to do. Never holds a token, a payload or the secret.
+/// Why a request, an event or a token was refused: the HTTP status that says it, and a text that
+/// tells a backend developer what to do. Never holds a token or the secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// The status of the answer, 400 to 503.
+    /// The status of the answer, 400 to 505.
     pub status: u16,
-    /// One line.
+    /// One line. For 405, the methods that the path takes.
     pub text: String,
 }
 
@@ -17,6 +17,13 @@ impl Refusal {
         let text = text.into();
         Self { status, text }
     }
+}
+
+/// Refuses, unless something holds.
+pub(crate) fn ensure(holds: bool, status: u16, text: &str) -> Result<(), Refusal> {
+    holds
+        .then_some(())
+        .ok_or_else(|| Refusal::new(status, text))
 }
 
 impl fmt::Display for Refusal {

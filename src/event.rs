@@ -5,9 +5,6 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use crate::error::Refusal;
 
-/// The bytes of one event as they go over the wire, built once and shared by every subscriber.
-pub type Frame = Arc<[u8]>;
-
 /// The topics of one subscription.
 pub type Topics = BTreeSet<Topic>;
 
@@ -17,6 +14,11 @@ const MAX_TOPIC: usize = 256;
 /// The name of a topic: 1 to 256 bytes of UTF-8, compared byte by byte. Only made here.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Topic(Arc<str>);
+
+/// Whole lines of a stream, and around them the HTTP chunk that carries them to whoever speaks
+/// HTTP/1.1. Built once for each event and shared by every subscriber.
+#[derive(Clone, Debug)]
+pub struct Frame(Arc<[u8]>);
 
 /// One event, checked and framed. Cloning is cheap: the frame is shared.
 #[derive(Clone, Debug)]
@@ -42,28 +44,49 @@ impl Event {
     /// For a topic that is empty or over 256 bytes, or a name with CR, LF or NUL: with one of
     /// them a name could forge the rest of a frame.
     pub fn new(topic: &str, name: &str, data: &str) -> Result<Self, Refusal> {
-        let (topic, mut frame) = (Topic::new(topic)?, String::new());
+        let (topic, mut lines) = (Topic::new(topic)?, String::new());
         if name.contains(['\r', '\n', '\0']) {
             return Err(Refusal::new(400, "an event name has no CR, LF or NUL"));
         }
         if !name.is_empty() {
-            frame.extend(["event: ", name, "\n"]);
+            lines.extend(["event: ", name, "\n"]);
         }
         for line in data.replace("\r\n", "\n").split(['\n', '\r']) {
-            frame.extend(["data: ", line, "\n"]);
+            lines.extend(["data: ", line, "\n"]);
         }
-        frame.push('\n');
-        let frame = frame.into_bytes().into();
+        let frame = Frame::new(&(lines + "\n"));
         Ok(Self { topic, frame })
     }
 }
 
-/// What is sent on a silent stream, and no browser dispatches.
-pub const HEARTBEAT: &[u8] = b":\n\n";
+impl Frame {
+    /// Whole lines, each with its end.
+    pub fn new(lines: &str) -> Self {
+        let chunk = format!("{:x}\r\n{lines}\r\n", lines.len());
+        Self(chunk.into_bytes().into())
+    }
+
+    /// The bytes on the wire.
+    pub fn bytes(&self, chunked: bool) -> &[u8] {
+        if chunked {
+            return &self.0;
+        }
+        let size_line = self.0.iter().position(|byte| *byte == b'\n');
+        let begin = size_line.expect("a chunk begins with a line for its size") + 1;
+        &self.0[begin..self.0.len() - 2]
+    }
+}
+
+/// What is sent on a silent stream, and no browser dispatches. No blank line behind it: widely
+/// used readers make an empty message of one.
+pub const COMMENT: &str = ":\n";
 
 /// Tells a client how many milliseconds to wait before it reconnects: `least` to twice that, at
 /// random, since clients that lost a server together must not all come back together.
-pub fn retry(least: u32) -> Frame {
-    let delay = least + RandomState::new().hash_one(()) as u32 % (least + 1);
-    format!("retry: {delay}\n:\n\n").into_bytes().into()
+pub fn retry(least: u32) -> String {
+    let least = u64::from(least);
+    format!(
+        "retry: {}\n",
+        least + RandomState::new().hash_one(()) % (least + 1)
+    )
 }

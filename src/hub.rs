@@ -1,18 +1,21 @@
-//! The topic map and its one lock. Knows neither HTTP nor tokens: whoever holds a [`Hub`] may
-//! send to every topic; over HTTP only an opened token leads here.
+//! The topic map and its one lock; membership; publish. Knows neither HTTP nor tokens: whoever
+//! holds a [`Hub`] may send to every topic; over HTTP only an opened token leads here.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
-use std::{collections::HashMap, io::Write, sync::Arc, time::Duration, time::Instant};
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::{sync::Arc, sync::Weak};
 
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam_channel::{bounded, unbounded};
 use parking_lot::Mutex;
 
-use crate::event::{Event, Frame, HEARTBEAT, Topic, Topics};
-use crate::{error::Refusal, journal::Journal, subscriber::Stream, subscriber::Subscriber};
+use crate::event::{Event, Frame, Topic, Topics};
+use crate::metrics::{Metrics, Reason};
+use crate::subscriber::{Lane, Stream, Subscriber, Turn};
+use crate::{config::Config, error::Refusal, error::ensure};
 
-/// Subscribers that wait for a writer. Not bounded itself: each subscriber stands in one lane at
-/// most, and once.
-pub type Lane = (Sender<Arc<Subscriber>>, Receiver<Arc<Subscriber>>);
+/// By id: leaving a topic of thousands is a step, not a search.
+type Members = HashMap<u64, Arc<Subscriber>>;
 
 /// What became of a submission.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,179 +24,261 @@ pub struct Receipt {
     pub events: usize,
     /// Queue entries made: an event counts once for each subscriber of its topic.
     pub deliveries: usize,
-    /// Bytes in those entries.
-    pub bytes: usize,
 }
 
 pub struct Hub {
-    /// Subscribers that have something to be sent.
-    pub due: Lane,
-    /// Those whose socket was full: they are due again in a moment.
-    pub stalled: Lane,
-    pub journal: Journal,
-    /// Subscribers at once, and events that may wait for each.
+    pub metrics: Metrics,
+    pub config: Config,
+    /// Subscribers at once.
     pub capacity: usize,
-    queue: usize,
-    /// Under this lock a stream's and the journal's are taken, never the other way round.
-    topics: Mutex<HashMap<Topic, Vec<Arc<Subscriber>>>>,
-    pub subscribers: AtomicUsize,
-    longest_queue: AtomicUsize,
+    /// Under this lock a stream's may be taken, never the other way round. Held while queues are
+    /// filled; whoever has it waits for no client.
+    map: Mutex<Map>,
+    /// Those that have something to be sent. Not bounded itself: each stands in it at most once.
+    pub due: Lane<Arc<Subscriber>>,
+    /// Those to be tried again: they are due in a moment.
+    pub stalled: Lane<Arc<Subscriber>>,
+    /// All of them, to be looked at one after the other. Weak: whoever has left drops out of it.
+    pub circle: Lane<Weak<Subscriber>>,
+    /// No more events are taken. Set under the map's lock, as events are queued.
     pub closed: AtomicBool,
-    /// Set by the server when it has waited long enough: the writers end.
+    /// The server has waited long enough: the writers end.
     pub over: AtomicBool,
 }
 
+#[derive(Default)]
+struct Map {
+    last_id: u64,
+    all: Members,
+    topics: HashMap<Topic, Members>,
+}
+
+impl<T> Lane<T> {
+    fn new() -> Self {
+        let (sender, receiver) = unbounded();
+        Self { sender, receiver }
+    }
+
+    pub fn push(&self, one: T) {
+        let pushed = self.sender.send(one);
+        pushed.expect("both ends of a lane live as long as the hub");
+    }
+}
+
 impl Hub {
-    pub fn new(capacity: usize, queue: usize) -> Self {
+    pub fn new(config: Config, capacity: usize) -> Self {
         Self {
-            due: unbounded(),
-            stalled: unbounded(),
-            journal: Journal::new(),
+            metrics: Metrics::default(),
+            config,
             capacity,
-            queue,
-            topics: Mutex::default(),
-            subscribers: AtomicUsize::new(0),
-            longest_queue: AtomicUsize::new(0),
+            map: Mutex::default(),
+            due: Lane::new(),
+            stalled: Lane::new(),
+            circle: Lane::new(),
             closed: AtomicBool::new(false),
             over: AtomicBool::new(false),
         }
     }
 
-    /// Takes a place for one subscriber, which then has to be given to [`Hub::subscribe`].
-    pub fn admit(&self) -> Result<(), Refusal> {
-        let next = |count| (count < self.capacity).then_some(count + 1);
-        let taken = self.subscribers.fetch_update(SeqCst, SeqCst, next);
-        let full = |_| Refusal::new(503, "all streams are taken: try later");
-        taken.map(drop).map_err(full)
+    /// Whether there may be another subscriber now: to be asked before [`Hub::subscribe`].
+    pub fn room(&self) -> Result<(), Refusal> {
+        ensure(!self.closed.load(SeqCst), 503, ENDING)?;
+        let room = self.subscribers() < self.capacity;
+        ensure(room, 503, "all streams are taken: try later")
     }
 
-    /// From now on every event of the topics reaches the subscriber's queue; its stream begins
-    /// with `head`. Registered before the head is written, whoever has seen it misses nothing.
-    pub fn subscribe(&self, topics: Topics, head: Vec<u8>, writer: Box<dyn Write + Send>) {
-        let new = Arc::new(Subscriber {
-            topics,
-            // One place more than events may take: for the farewell.
-            queue: bounded(self.queue + 1),
-            scheduled: AtomicBool::new(false),
-            lagging: AtomicBool::new(false),
-            stream: Mutex::new(Stream {
-                writer,
-                rest: head,
-                stalled: false,
-                active: Instant::now(),
-            }),
-        });
-        let mut map = self.topics.lock();
-        for topic in &new.topics {
-            map.entry(topic.clone()).or_default().push(new.clone());
+    /// From now on every event of the topics reaches the subscriber's queue. Registered before the
+    /// head in the stream is written: whoever has seen it misses nothing. Where another took the
+    /// last place since [`Hub::room`] was asked, or the server ends, the stream is dropped.
+    pub fn subscribe(&self, topics: Topics, stream: Stream) {
+        let (sender, receiver) = bounded(self.config.queue as usize);
+        let mut map = self.map.lock();
+        if map.all.len() >= self.capacity || self.closed.load(SeqCst) {
+            drop(map);
+            return self.metrics.turned_away.warn("stream turned away");
         }
+        map.last_id += 1;
+        let new = Arc::new(Subscriber {
+            id: map.last_id,
+            topics,
+            queue: Lane { sender, receiver },
+            scheduled: AtomicBool::new(false),
+            behind: AtomicBool::new(false),
+            stream: Mutex::new(stream),
+        });
+        for topic in &new.topics {
+            let members = map.topics.entry(topic.clone()).or_default();
+            members.insert(new.id, new.clone());
+        }
+        map.all.insert(new.id, new.clone());
+        drop(map);
+        self.metrics.opened.add(1);
+        self.circle.push(Arc::downgrade(&new));
         self.schedule(&new);
     }
 
-    /// Queues the events to every subscriber of their topics. The lock is held for all of them:
-    /// hence one order everywhere, and no other submission's events between these. Never waits
-    /// for a subscriber.
+    /// Queues the events to every subscriber of their topics, in order and with no other
+    /// submission's between them: the map's lock is held for all of them.
+    ///
+    /// Waits for no client. But where the queue of one that reads lacks room, this thread writes
+    /// to streams until it has: a burst is as fast as its readers can be written to.
+    ///
+    /// # Errors
+    /// For more events than a queue holds: they could only cut their own listeners. Where the
+    /// server ends, at any time before the events are queued.
     pub fn publish(&self, events: &[Event]) -> Result<Receipt, Refusal> {
-        let mut receipt = Receipt::default();
-        let map = self.topics.lock();
-        if self.closed.load(SeqCst) {
-            return Err(Refusal::new(503, "the server is shutting down"));
+        let queue = self.config.queue as usize;
+        let fits = events.len() <= queue;
+        ensure(fits, 413, "these are more than SSE_QUEUE events")?;
+        loop {
+            let map = self.map.lock();
+            ensure(!self.closed.load(SeqCst), 503, ENDING)?;
+            // Reads, as far as is known, and may lack room.
+            let is_crowded = |it: &&Arc<Subscriber>| {
+                it.queue.receiver.len() + events.len() > queue && !it.behind.load(SeqCst)
+            };
+            let members = events.iter().filter_map(|it| map.topics.get(&it.topic));
+            let crowded = members.flat_map(HashMap::values).filter(is_crowded);
+            let crowded: Vec<_> = crowded.cloned().collect();
+            if crowded.is_empty() {
+                return Ok(self.fill_queues(&map, events));
+            }
+            drop(map);
+            for subscriber in &crowded {
+                // Besides the turn it has, which may be with a writer that the kernel put aside.
+                if self.turn(subscriber) != Turn::Written {
+                    self.schedule(subscriber);
+                }
+            }
         }
+    }
+
+    fn fill_queues(&self, map: &Map, events: &[Event]) -> Receipt {
+        let (mut deliveries, mut bytes) = (0, 0);
         for Event { topic, frame } in events {
-            receipt.events += 1;
-            for subscriber in map.get(topic).into_iter().flatten() {
-                let waiting = subscriber.queue.0.len();
-                if waiting < self.queue && !subscriber.lagging.load(SeqCst) {
-                    // try_send, not send: nothing may ever wait under this lock.
-                    let _has_room = subscriber.queue.0.try_send(frame.clone());
-                    receipt.deliveries += 1;
-                    receipt.bytes += frame.len();
-                    self.longest_queue.fetch_max(waiting + 1, SeqCst);
-                } else {
-                    subscriber.lagging.store(true, SeqCst);
+            let members = map.topics.get(topic).into_iter();
+            for subscriber in members.flat_map(HashMap::values) {
+                if self.enqueue(subscriber, frame) {
+                    deliveries += 1;
+                    bytes += frame.bytes(false).len();
                 }
                 self.schedule(subscriber);
             }
         }
-        self.journal.add("sse_events_total", receipt.events);
-        self.journal.add("sse_deliveries_total", receipt.deliveries);
-        self.journal.add("sse_delivered_bytes_total", receipt.bytes);
-        Ok(receipt)
+        self.metrics.events.add(events.len());
+        self.metrics.deliveries.add(deliveries);
+        self.metrics.delivered_bytes.add(bytes);
+        let events = events.len();
+        Receipt { events, deliveries }
     }
 
-    /// Makes a subscriber due, unless it is or its socket is full.
+    /// Whether the frame stands in the queue. A queue can be full here behind a full socket only.
+    /// That is asked once more, since it may have been drained a moment ago; where it refuses, the
+    /// subscriber has missed an event, and is cut.
+    fn enqueue(&self, subscriber: &Subscriber, frame: &Frame) -> bool {
+        // try_send, not send: under the map's lock one full queue would stall every publisher.
+        let queue = || subscriber.queue.sender.try_send(frame.clone()).is_ok();
+        let mut turn = Turn::Written;
+        while !queue() {
+            if turn == Turn::Full {
+                subscriber.give_up();
+                return false;
+            }
+            // One that is written may have been of what was taken from the queue before: once more.
+            turn = self.turn(subscriber);
+            if let Turn::Ended(_) = turn {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Makes a subscriber due, unless it is.
     fn schedule(&self, subscriber: &Arc<Subscriber>) {
         if !subscriber.scheduled.swap(true, SeqCst) {
-            let _never_fails = self.due.0.send(subscriber.clone());
+            self.due.push(subscriber.clone());
         }
     }
 
-    /// Ends a subscriber's turn. What was queued during the turn was not scheduled: it is now.
-    /// Where nothing was, and nothing more will be, the subscriber has had its farewell and goes.
-    pub fn put_back(&self, subscriber: &Arc<Subscriber>) {
-        subscriber.scheduled.store(false, SeqCst);
-        // Read before the queue, in which the farewell was before this was set.
-        let closed = self.closed.load(SeqCst);
-        if !subscriber.queue.1.is_empty() || subscriber.lagging.load(SeqCst) {
+    /// The turn of a subscriber that was taken from a lane.
+    pub fn take_turn(&self, subscriber: &Arc<Subscriber>) {
+        match self.turn(subscriber) {
+            Turn::Ended(reason) => self.remove(subscriber, reason),
+            Turn::Full | Turn::Probed => self.stalled.push(subscriber.clone()),
+            Turn::Written => {
+                // In this order: see there.
+                subscriber.scheduled.store(false, SeqCst);
+                let waiting = !subscriber.queue.receiver.is_empty();
+                if waiting || subscriber.behind.load(SeqCst) || self.closed.load(SeqCst) {
+                    self.schedule(subscriber);
+                }
+            }
+        }
+    }
+
+    fn turn(&self, subscriber: &Subscriber) -> Turn {
+        let closing = self.closed.load(SeqCst);
+        let turn = AssertUnwindSafe(|| subscriber.turn(closing, &self.config));
+        catch_unwind(turn).unwrap_or_else(|_panic| {
+            subscriber.behind.store(true, SeqCst);
+            Turn::Ended(Reason::Fault)
+        })
+    }
+
+    /// Looks after a subscriber: see [`Subscriber::look`].
+    pub fn look(&self, subscriber: &Arc<Subscriber>) {
+        let look = AssertUnwindSafe(|| subscriber.look(&self.config));
+        if catch_unwind(look).unwrap_or(true) {
+            subscriber.behind.store(true, SeqCst);
             self.schedule(subscriber);
-        } else if closed && !subscriber.scheduled.swap(true, SeqCst) {
-            self.remove(subscriber);
         }
     }
 
-    /// Adds a heartbeat to every stream whose socket was silent for so long.
-    pub fn beat(&self, silence: Duration) {
-        for subscriber in self.topics.lock().values().flatten() {
-            let (idle, mut stream) = (!subscriber.scheduled.load(SeqCst), subscriber.stream.lock());
-            // Not through the queue, where it would take an event's place.
-            if idle && stream.active.elapsed() >= silence {
-                stream.rest.extend_from_slice(HEARTBEAT);
-                self.schedule(subscriber);
-            }
+    /// Drops a subscriber, and with it its connection as soon as the last thread lets go of it. It
+    /// stays `scheduled`, so that it stands in no lane again. Whoever comes second finds it gone.
+    fn remove(&self, subscriber: &Subscriber, reason: Reason) {
+        let mut map = self.map.lock();
+        if map.all.remove(&subscriber.id).is_none() {
+            return;
         }
-    }
-
-    /// Ends a subscriber before the server does.
-    pub fn cut(&self, subscriber: &Arc<Subscriber>, reason: &str) {
-        let sample = format!("sse_subscribers_cut_total{{reason=\"{reason}\"}}");
-        let line = format!("subscriber cut: {reason}");
-        self.journal.warn(&sample, &line);
-        self.remove(subscriber);
-    }
-
-    /// Drops a subscriber, and with it its connection.
-    fn remove(&self, subscriber: &Arc<Subscriber>) {
-        let mut map = self.topics.lock();
         for topic in &subscriber.topics {
-            let subscribers = map.entry(topic.clone()).or_default();
-            subscribers.retain(|other| !Arc::ptr_eq(other, subscriber));
-            if subscribers.is_empty() {
-                map.remove(topic);
+            let members = map.topics.get_mut(topic).expect("it is in all its topics");
+            members.remove(&subscriber.id);
+            if members.is_empty() {
+                map.topics.remove(topic);
             }
         }
-        self.subscribers.fetch_sub(1, SeqCst);
+        drop(map);
+        self.metrics.ended(reason);
     }
 
-    /// Takes no more events. Every stream writes what is queued for it and a `farewell`, and ends.
-    pub fn close(&self, farewell: impl Fn() -> Frame) {
-        let map = self.topics.lock();
-        for (topic, subscribers) in map.iter() {
-            // A subscriber of several topics is met several times, and told once.
-            let once = |it: &&Arc<Subscriber>| it.topics.first() == Some(topic);
-            for subscriber in subscribers.iter().filter(once) {
-                let _has_room = subscriber.queue.0.try_send(farewell());
-            }
-        }
-        // In this order: whoever is found idle and closed has its farewell, and has its turn.
+    /// Takes no more events. Every stream writes what is queued for it and a farewell, and ends.
+    pub fn close(&self) {
+        let map = self.map.lock();
         self.closed.store(true, SeqCst);
-        map.values().flatten().for_each(|it| self.schedule(it));
+        // Whoever has its turn just now sees that at the turn's end.
+        map.all.values().for_each(|it| self.schedule(it));
     }
 
-    /// What the journal does not count, under its names.
-    pub fn gauges(&self) -> [(&'static str, usize); 3] {
-        let topics = ("sse_topics", self.topics.lock().len());
-        let subscribers = ("sse_subscribers", self.subscribers.load(SeqCst));
-        let longest_queue = self.longest_queue.load(SeqCst);
-        [topics, subscribers, ("sse_queue_high_water", longest_queue)]
+    /// Ends the writers, and cuts whoever has not taken its events by now.
+    pub fn end(&self) {
+        self.over.store(true, SeqCst);
+        let all: Vec<_> = self.map.lock().all.values().cloned().collect();
+        for subscriber in all {
+            self.remove(&subscriber, Reason::WriteTimeout);
+        }
+        for lane in [&self.due, &self.stalled] {
+            lane.receiver.try_iter().for_each(drop);
+        }
+    }
+
+    pub fn subscribers(&self) -> usize {
+        self.map.lock().all.len()
+    }
+
+    pub fn topics(&self) -> usize {
+        self.map.lock().topics.len()
     }
 }
+
+const ENDING: &str = "the server is ending: try again in a moment";

@@ -1,14 +1,15 @@
 //! A push server for Server-Sent Events that its users can read.
 //!
-//! A publish is read in this order: `server` accepts a connection and gives it a thread; `routes`
-//! answers its requests; `token` opens what came in and makes checked types of it; `event` frames
-//! it, once; `hub` finds the subscribers and fills their queues, under the one lock there is;
-//! `writer` threads go from subscriber to subscriber and write what waits. `config`, `error` and
-//! `journal` (counters and log) are the ground.
+//! The modules below stand in the order in which they build on each other: each knows only those
+//! in front of it. A publish goes the other way: `server` accepts a connection and gives it a
+//! thread of its pool; `http` reads a request within limits; `routes` decides; `token` opens what
+//! came and makes checked types of it, `event` among them, framed once; `hub` finds the subscribers
+//! and fills their queues, under its one lock; `writer` threads go from `subscriber` to subscriber
+//! and write what waits. `error`, `config` and `metrics` are the ground.
 //!
-//! Who blocks on what: a connection's thread on that connection's requests; a publisher on nothing
-//! but the locks of the topic map and the counters; a writer on the lane of due subscribers; nobody
-//! on a slow subscriber.
+//! Who waits for whom: a thread of the pool for its own client, within limits, and until that one
+//! is closed to make room; a publisher for the hub's lock, and in a burst for the kernel to take
+//! what it writes; a writer for a stream that is due; nobody for a client that does not read.
 //!
 //! ```
 //! use sse_server::{Config, Event, Key, Server};
@@ -28,20 +29,34 @@
 //! assert_eq!((receipt.events, receipt.deliveries), (1, 0));
 //!
 //! server.shutdown();
-//! thread.join().expect("the server does not panic");
+//! thread.join().expect("the server does not panic")?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 #![forbid(unsafe_code)]
 
-mod config;
+// In the order of the layers, lowest first; the blank lines keep the formatter from sorting them.
+
 mod error;
+
+mod config;
+
 mod event;
-mod hub;
-mod journal;
-mod routes;
-mod server;
-mod subscriber;
+
 mod token;
+
+mod metrics;
+
+mod subscriber;
+
+mod hub;
+
 mod writer;
 
-pub use {config::Config, error::Refusal, event::Event, hub::Receipt, server::Server, token::Key};
+mod http;
+
+mod routes;
+
+mod server;
+
+pub use config::{Config, Key};
+pub use {error::Refusal, event::Event, hub::Receipt, server::Server};

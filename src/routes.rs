@@ -1,110 +1,153 @@
 //! One request, one answer. Nobody behind this file sees a token or a payload.
 
-use std::{io, io::Read, sync::atomic::Ordering::SeqCst};
+use tiny_http::Method::{Get, Head, Options, Post};
 
-use tiny_http::{Header, Method, Request, Response};
-
-use crate::{error::Refusal, event, event::Topics, server::Server};
+use crate::http::{Answer, Request};
+use crate::{error::Refusal, error::ensure, hub::Hub};
 
 /// Characters in the longest token of a query: 64 topics of 40 bytes; a millisecond to open.
 const MAX_TOKEN: usize = 4096;
-/// Bytes of a chunked body that are read. More than are kept, so that the sender of an oversized
-/// one sees the answer: closing on unread bytes resets the connection.
-const MAX_READ: usize = 2 * 1024 * 1024;
-/// No length and no chunks: the stream ends with the connection, also behind HTTP/1.0 proxies.
-const STREAM_HEAD: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\
-    Cache-Control: no-store\r\nX-Accel-Buffering: no\r\nConnection: close\r\n";
-/// Any page may ask: what protects a stream is its token.
-const PREFLIGHT: &str = "Access-Control-Allow-Methods: GET, POST, OPTIONS
-Access-Control-Allow-Headers: Cache-Control, Content-Type, Last-Event-ID";
 
-/// Answers a request, or makes its connection a stream; whether it was the last one to be read
-/// from the connection. `metrics`: it came to the address for metrics.
-pub fn respond(server: &Server, metrics: bool, mut request: Request) -> bool {
-    let (hub, url) = (&server.hub, request.url().to_string());
-    let origin = &server.config.allow_origin;
-    let cors = format!("Access-Control-Allow-Origin: {origin}");
-    let (path, query) = url.split_once('?').unwrap_or((&url, ""));
-    let (known, allow) = match path {
-        "/metrics" if metrics => ("/metrics", "Allow: GET"),
-        "/events" if !metrics => ("/events", "Allow: GET, OPTIONS"),
-        "/submit" if !metrics => ("/submit", "Allow: POST, OPTIONS"),
-        "/ping" if !metrics => ("/ping", "Allow: GET, HEAD, OPTIONS"),
-        _ => ("other", ""),
+const TEXT: &str = "Content-Type: text/plain; charset=utf-8\r\n";
+
+const PROMETHEUS: &str = "Content-Type: text/plain; version=0.0.4\r\n";
+
+/// no-transform, since what compresses a stream on its way holds it back.
+const STREAM: &str = "Content-Type: text/event-stream; charset=utf-8\r\n\
+    Cache-Control: no-store, no-transform\r\nX-Accel-Buffering: no\r\n";
+
+const PREFLIGHT: &str = "Access-Control-Allow-Methods: GET, HEAD, POST, OPTIONS\r\n\
+    Access-Control-Allow-Headers: Cache-Control, Content-Type, Last-Event-ID";
+
+/// Which of a server's two addresses a connection came to.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Door {
+    /// For clients and backends.
+    Public,
+    /// For the operator: serves the metrics, and nothing else.
+    Metrics,
+}
+
+/// Answers a request, or what was refused as none; counts, and says in the log what is wrong.
+/// Nothing where the connection is to be closed unanswered. Blocks where [`Hub::publish`] does, and
+/// for seconds at most where others have long tokens opened.
+pub fn reply(hub: &Hub, door: Door, request: &Result<Request, Refusal>) -> Option<Answer> {
+    let decided = match request {
+        Ok(request) => decide(hub, door, request),
+        Err(refusal) => Err(refusal.clone()),
     };
-    let outcome = match (request.method(), known) {
-        (_, "other") => Err(Refusal::new(404, "no such path: try /events or /submit")),
-        (Method::Get, "/metrics") => Ok(("", hub.journal.render(&hub.gauges()))),
-        (Method::Get, "/events") => match authorize(server, query) {
-            Ok(topics) => {
-                let mut head = format!("{STREAM_HEAD}{cors}\r\n\r\n").into_bytes();
-                head.extend_from_slice(&event::retry(server.config.retry));
-                hub.subscribe(topics, head, request.into_writer());
-                return true;
-            }
-            Err(refusal) => Err(refusal),
-        },
-        (Method::Post, "/submit") => submit(server, &mut request),
-        (Method::Get | Method::Head, "/ping") => Ok(("", "ok".into())),
-        (Method::Options, _) if !metrics => Ok((PREFLIGHT, String::new())),
-        _ => Err(Refusal::new(405, format!("wrong method. {allow}"))),
+    let mut accepted = request.iter().flat_map(|it| it.values("Accept"));
+    let mut answer = match decided {
+        Ok(answer) => {
+            hub.metrics.answered(answer.status).add(1);
+            answer
+        }
+        // By the HTML standard any answer but 200 ends an EventSource for good; a connection that
+        // breaks is tried again.
+        Err(Refusal { status: 503, text }) if accepted.any(is_stream) => {
+            let line = format_args!("stream turned away: {text}");
+            hub.metrics.turned_away.warn(line);
+            return None;
+        }
+        Err(refusal) => refuse(hub, &refusal),
     };
-    // What is left of a refused body must not be read as the next request, nor a body that nobody
-    // wanted.
-    let sent = |name| request.headers().get(name).is_some();
-    let framed = sent("Content-Length") || sent("Transfer-Encoding");
-    let last = outcome.is_err() || framed && *request.method() != Method::Post;
-    let (status, fields, body) = match outcome {
-        Ok((PREFLIGHT, body)) => (204, PREFLIGHT, body),
-        Ok((fields, body)) => (200, fields, body + "\n"),
-        Err(Refusal { status: 405, text }) => (405, allow, text + "\n"),
-        Err(Refusal { status: 503, text }) => (503, "Retry-After: 5", text + "\n"),
-        Err(Refusal { status, text }) => (status, "", text + "\n"),
-    };
-    let name = format!("sse_answers_total{{path=\"{known}\",status=\"{status}\"}}");
+    if door == Door::Public {
+        // Errors too, or no browser shows them.
+        let origin = &hub.config.allow_origin;
+        answer.fields += &format!("Access-Control-Allow-Origin: {origin}\r\n");
+    }
+    Some(answer)
+}
+
+fn is_stream(kind: &str) -> bool {
+    kind.starts_with("text/event-stream")
+}
+
+fn refuse(hub: &Hub, Refusal { status, text }: &Refusal) -> Answer {
     // What is quoted may be a part of the payload, which is not for the log.
-    let why = body.split(['"', '`', '\n']).next().unwrap_or_default();
-    match status {
-        200..300 => hub.journal.add(&name, 1),
-        _ => hub.journal.warn(&name, &format!("{known} {status}: {why}")),
-    }
-    let mut response = Response::from_string(body).with_status_code(status);
-    for line in fields.lines().chain([&*cors]) {
-        let header: Header = line.parse().expect("constant or checked at start");
-        response.add_header(header);
-    }
-    // Nor may an answer follow half of one that the client did not take.
-    request.respond(response).is_err() || last || hub.closed.load(SeqCst)
+    let why = text.split(['"', '`']).next().unwrap_or_default();
+    let line = format_args!("request refused: status={status} {why}");
+    hub.metrics.answered(*status).warn(line);
+    let field = match status {
+        401 => "WWW-Authenticate: Branca\r\n",
+        405 => &format!("Allow: {text}\r\n"),
+        503 => "Retry-After: 5\r\n",
+        _ => "",
+    };
+    answer(*status, &[TEXT, field], format!("{text}\n"))
 }
 
-fn authorize(server: &Server, query: &str) -> Result<Topics, Refusal> {
-    let token = query.split('&').find_map(|it| it.strip_prefix("token="));
-    let token = token.unwrap_or_default();
-    if token.len() > MAX_TOKEN {
-        return Err(Refusal::new(414, "the token is too long"));
+fn answer(status: u16, fields: &[&str], body: String) -> Answer {
+    let length = format!("Content-Length: {}\r\n", body.len());
+    Answer {
+        status,
+        fields: fields.concat() + &length,
+        body,
+        stream: None,
     }
-    let topics = server.config.key.open_subscription(token, &server.config)?;
-    server.hub.admit().map(|()| topics)
 }
 
-fn submit(server: &Server, request: &mut Request) -> Result<(&'static str, String), Refusal> {
-    let (max, size) = (server.config.max_body as usize, request.body_length());
-    let (mut length, mut body) = (size.unwrap_or_default(), Vec::new());
-    if length <= max {
-        // The library sets no end where a client asks for an upgrade; what is declared does.
-        let mut reader = request.as_reader().take(size.unwrap_or(MAX_READ) as u64);
-        let read = (&mut reader).take(max as u64 + 1).read_to_end(&mut body);
-        length = read.map_err(|_| Refusal::new(400, "the body is malformed or stalled"))?;
-        let _discarded = io::copy(&mut reader, &mut io::sink());
+fn answer_without_body(status: u16, fields: String) -> Answer {
+    Answer {
+        status,
+        fields,
+        body: String::new(),
+        stream: None,
     }
-    if length > max {
-        return Err(Refusal::new(413, format!("the body is over {max} bytes")));
-    }
+}
+
+fn decide(hub: &Hub, door: Door, request: &Request) -> Result<Answer, Refusal> {
+    let (status, problem) = match (door, request.path.as_str(), &request.method) {
+        (Door::Public, _, Options) => return Ok(preflight(request)),
+        (Door::Public, "/events", Get | Head) => return open_stream(hub, request),
+        (Door::Public, "/submit", Post) => return submit(hub, request),
+        (Door::Public, "/ping", Get | Head) => return Ok(answer(200, &[TEXT], "ok\n".into())),
+        (Door::Public, "/events" | "/ping", _) => (405, "GET, HEAD, OPTIONS"),
+        (Door::Public, "/submit", _) => (405, "POST, OPTIONS"),
+        (Door::Public, ..) => (404, "no such path: try /events, /submit or /ping"),
+        (Door::Metrics, "/metrics", Get | Head) => {
+            let (subscribers, topics) = (hub.subscribers(), hub.topics());
+            let page = hub.metrics.print(subscribers, hub.capacity, topics);
+            return Ok(answer(200, &[PROMETHEUS], page));
+        }
+        (Door::Metrics, "/metrics", _) => (405, "GET, HEAD"),
+        (Door::Metrics, ..) => (404, "no such path: try /metrics"),
+    };
+    Err(Refusal::new(status, problem))
+}
+
+fn open_stream(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
+    let mut parameters = request.query.split('&');
+    let token = parameters.find_map(|it| it.strip_prefix("token="));
+    let (token, config) = (token.unwrap_or_default(), &hub.config);
+    ensure(token.len() <= MAX_TOKEN, 414, "the token is too long")?;
+    let (ttl, max_topics) = (config.token_ttl, config.max_topics);
+    let topics = config.key.open_subscription(token, ttl, max_topics)?;
+    hub.room()?;
+    let chunked = "Transfer-Encoding: chunked\r\n";
+    let fields = [STREAM, if request.modern { chunked } else { "" }];
+    let mut answer = answer_without_body(200, fields.concat());
+    answer.stream = Some(topics).filter(|_| request.method == Get);
+    Ok(answer)
+}
+
+fn submit(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
+    let (config, too_long) = (&hub.config, "the body is over SSE_MAX_BODY bytes");
+    ensure(request.body.is_some(), 413, too_long)?;
     // A shell's line end behind the token is no part of it; what is not ASCII is no token.
-    let token = str::from_utf8(body.trim_ascii()).unwrap_or("?");
-    let events = server.config.key.open_submission(token, &server.config)?;
-    let done = server.hub.publish(&events)?;
-    let (events, deliveries) = (done.events, done.deliveries);
-    let body = format!("{{\"events\": {events}, \"deliveries\": {deliveries}}}");
-    Ok(("Content-Type: application/json", body))
+    let body = request.body.as_deref().unwrap_or_default().trim_ascii();
+    let token = str::from_utf8(body).unwrap_or("?");
+    let events = config.key.open_submission(token, config.submit_ttl)?;
+    let receipt = hub.publish(&events)?;
+    let (events, deliveries) = (receipt.events, receipt.deliveries);
+    let text = format!("{{\"events\": {events}, \"deliveries\": {deliveries}}}\n");
+    Ok(answer(200, &["Content-Type: application/json\r\n"], text))
+}
+
+/// What a browser asks before a page may send fields of its own: those that it names are allowed,
+/// since tracing libraries add theirs to every request.
+fn preflight(request: &Request) -> Answer {
+    let named = request.values("Access-Control-Request-Headers");
+    let named: String = named.map(|name| format!(", {name}")).collect();
+    answer_without_body(204, format!("{PREFLIGHT}{named}\r\n"))
 }

@@ -1,54 +1,86 @@
-//! Binding, accepting, ending. One thread accepts; it reads nothing and waits for nobody.
+//! Binding, accepting, the pool, the end. Whoever accepts reads nothing and waits for nobody but
+//! the pool.
 
-use std::net::{Shutdown, SocketAddr, TcpListener};
-use std::sync::atomic::Ordering::SeqCst;
-use std::{io, io::Write, panic::catch_unwind, sync::Arc, thread, time::Duration, time::Instant};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, atomic::AtomicUsize, atomic::Ordering::SeqCst};
+use std::{io, io::ErrorKind, thread, time::Duration, time::Instant};
 
-use nix::sys::{resource, resource::getrlimit, socket::setsockopt, socket::sockopt, time::TimeVal};
+use crossbeam_channel::bounded;
+use rlimit::Resource;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
-use tiny_http::{Listener, SslContextWrap};
+use tiny_http::Method;
 
-use crate::{config::Config, error::Refusal, event, event::Event, hub::Hub, hub::Receipt};
-use crate::{routes, writer};
+use crate::http::{Connection, Waiting};
+use crate::routes::{Door, reply};
+use crate::{config::Config, error::Refusal, event::Event, hub::Hub, hub::Receipt};
+use crate::{subscriber::Lane, subscriber::Stream, writer};
 
 /// Connections the kernel completes before we accept them. With std's 128, 5,000 clients that
 /// reconnected at once took 20 s and more; with this, 0.2 s.
 const BACKLOG: i32 = 4096;
-/// Connections beside the streams: those that send a request, or keep silent until the timeout.
-/// Streams have a cap of their own, so that neither kind can starve the other.
-const MAX_CONNECTIONS: usize = 4096;
-/// Connections at once from which on the next one waits a moment for another to end: a burst of
-/// good clients then does not reach the limit, while silent ones cannot keep the others out.
-const EAGER: usize = 512;
+
+/// Threads, and with them connections beside the streams: those that send a request, or keep
+/// silent. When there are so many, each that comes takes the place of one that waits.
+const MAX_THREADS: usize = 4096;
+
+/// How long a connection waits for a thread to be free, before another is started.
+const MOMENT: Duration = Duration::from_micros(200);
+
+/// How long at most it then waits for that one, or one that is made free, to be on its way. On a busy
+/// machine that takes longer, and must not start thousands.
+const HAND_OVER: Duration = Duration::from_millis(100);
+
+/// How long a thread of the pool waits for its next connection before it ends.
+const IDLE: Duration = Duration::from_secs(5);
+
 /// Address space for each of them; what is touched of it, about 16 KiB, becomes memory.
 const STACK: usize = 512 * 1024;
+
 /// Threads that write: as many as the cores of the smallest machines. More gain little, since
-/// they meet at the topic map's lock and in the kernel.
+/// they meet at the hub's lock and in the kernel.
 const WRITERS: usize = 2;
+
 /// How long an ending server waits for its subscribers to take what is queued.
 const DRAIN: Duration = Duration::from_secs(5);
 
+/// Descriptors below which nothing is served: what a process needs, and some connections.
+const MIN_DESCRIPTORS: u64 = 32;
+
 /// A bound server; the [`Arc`] is the handle to share. Several may live in one process.
 pub struct Server {
-    pub(crate) config: Config,
-    pub(crate) hub: Hub,
+    hub: Hub,
     listener: TcpListener,
     metrics_listener: Option<TcpListener>,
+    waiting: Waiting,
+    /// Connections on their way to a thread. One that is given none ends.
+    pool: Lane<Option<(TcpStream, Door)>>,
+    /// All that this server has started and that have not ended.
+    threads: AtomicUsize,
 }
 
 impl Server {
     /// Binds the addresses. Connections wait in the kernel until [`Server::run`].
     ///
     /// # Errors
-    /// Where an address cannot be listened on.
+    /// Where an address cannot be listened on, or the system allows too few descriptors.
     pub fn bind(config: Config) -> io::Result<Arc<Self>> {
-        let metrics_address = config.metrics_listen;
-        let capacity = limits().2.min(config.max_subscribers as usize);
+        let (descriptors, _) = Resource::NOFILE.get()?;
+        if descriptors < MIN_DESCRIPTORS {
+            let problem = format!("{descriptors} descriptors are too few: raise ulimit -n");
+            return Err(io::Error::other(problem));
+        }
+        // A part is left for requests, above all for those of publishers.
+        let streams = descriptors - (descriptors / 4).min(MAX_THREADS as u64 + 64);
+        let capacity = streams.min(config.max_subscribers.into()) as usize;
+        let (sender, receiver) = bounded(0);
         Ok(Arc::new(Self {
-            hub: Hub::new(capacity, config.queue as usize),
-            listener: listen(&config, config.listen)?,
-            metrics_listener: metrics_address.map(|it| listen(&config, it)).transpose()?,
-            config,
+            listener: listen(config.listen)?,
+            metrics_listener: config.metrics_listen.map(listen).transpose()?,
+            hub: Hub::new(config, capacity),
+            waiting: Waiting::default(),
+            pool: Lane { sender, receiver },
+            threads: AtomicUsize::new(0),
         }))
     }
 
@@ -60,18 +92,14 @@ impl Server {
         self.listener.local_addr()
     }
 
-    /// What an operator wants to know at start: the addresses, and how many streams there can be.
+    /// What an operator wants to know at start: the addresses, and how many streams there can be,
+    /// which are fewer than [`Config::max_subscribers`] where the system allows too few descriptors.
     ///
     /// # Errors
     /// As [`Server::local_addr`].
     pub fn describe(&self) -> io::Result<String> {
         let (address, streams) = (self.local_addr()?, self.hub.capacity);
-        let (limit, _, allowed) = limits();
         let mut line = format!("listening on {address}, at most {streams} streams");
-        line += &format!(" (the descriptor limit of {limit} allows {allowed})");
-        if streams < self.config.max_subscribers as usize {
-            line += ", fewer than SSE_MAX_SUBSCRIBERS: raise ulimit -n";
-        }
         if let Some(listener) = &self.metrics_listener {
             line += &format!(", metrics on {}", listener.local_addr()?);
         }
@@ -79,110 +107,190 @@ impl Server {
     }
 
     /// Queues the events to every subscriber of their topics, in order and with no other
-    /// submission's between them. Takes the topic map's lock; waits for no subscriber.
+    /// submission's between them. Takes the hub's lock, and waits for no client. In a burst it is
+    /// as fast as the readers can be written to: where a queue has no room, the calling thread
+    /// helps to write.
     ///
     /// Checks no token: whoever holds the server may send to every topic.
     ///
     /// # Errors
-    /// Where the server is about to end.
+    /// For more events than [`Config::queue`], and where the server is about to end.
     pub fn publish(&self, events: &[Event]) -> Result<Receipt, Refusal> {
         self.hub.publish(events)
     }
 
     /// Serves until [`Server::shutdown`], then lets every stream send what is queued for it, for
-    /// at most 5 seconds. Blocks all that time: give it a thread of its own. Streams that have
-    /// not ended by then are cut when the server is dropped.
-    pub fn run(self: &Arc<Self>) {
-        thread::scope(|scope| {
-            for _ in 0..WRITERS {
-                scope.spawn(move || writer::run(&self.hub, self.config.write_timeout));
+    /// at most 5 seconds, and cuts those that have not taken it. Blocks all that time: give it a
+    /// thread of its own. The threads it started have ended when it returns.
+    ///
+    /// # Errors
+    /// Where the system has too few threads left. Then nothing is served.
+    pub fn run(self: &Arc<Self>) -> io::Result<()> {
+        let started = self.start_threads();
+        match &started {
+            Ok(()) => self.accept(Some(&self.listener), Door::Public),
+            Err(_) => self.shutdown(),
+        }
+        let deadline = Instant::now() + DRAIN;
+        while self.hub.subscribers() > 0 && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(2));
+        }
+        self.hub.end();
+        // Whoever still waits for a client, or for a connection.
+        while self.threads.load(SeqCst) > 0 {
+            for socket in self.waiting.lock().values() {
+                _ = socket.shutdown(Shutdown::Both);
             }
-            scope.spawn(move || writer::keep(&self.hub, self.config.heartbeat));
-            if let Some(listener) = &self.metrics_listener {
-                scope.spawn(|| self.accept(listener, true));
-            }
-            self.accept(&self.listener, false);
-            let deadline = Instant::now() + DRAIN;
-            while self.hub.subscribers.load(SeqCst) > 0 && Instant::now() < deadline {
-                thread::sleep(Duration::from_millis(2));
-            }
-            self.hub.over.store(true, SeqCst);
-            let _unread = writeln!(io::stderr(), "stopped");
-        });
+            _ = self.pool.sender.send_timeout(None, MOMENT);
+        }
+        self.hub.end();
+        started
+    }
+
+    fn start_threads(self: &Arc<Self>) -> io::Result<()> {
+        for _ in 0..WRITERS {
+            self.spawn(|server| writer::run(&server.hub))?;
+        }
+        self.spawn(|server| writer::keep(&server.hub))?;
+        // The first of the pool, without which there is no service; more are started as needed.
+        self.spawn(|server| server.work())?;
+        self.spawn(|server| server.accept(server.metrics_listener.as_ref(), Door::Metrics))
     }
 
     /// Ends [`Server::run`], which takes no more connections, drains and returns. Does not wait.
     pub fn shutdown(&self) {
-        self.hub.close(|| event::retry(self.config.retry));
+        self.hub.close();
         for listener in [&self.listener].into_iter().chain(&self.metrics_listener) {
-            // Wakes the thread that accepts. Where it fails, the listener's timeout does.
-            let _ = SockRef::from(listener).shutdown(Shutdown::Both);
+            // Wakes the thread that accepts: this on Linux, a connection where that is refused.
+            if SockRef::from(listener).shutdown(Shutdown::Both).is_err() {
+                _ = listener.local_addr().map(TcpStream::connect);
+            }
         }
     }
 
-    /// Gives each connection a thread of its own until it ends or becomes a stream.
-    fn accept(self: &Arc<Self>, listener: &TcpListener, metrics: bool) {
-        let listener = Listener::from(listener.try_clone().expect("a descriptor at start"));
-        let no_tls = SslContextWrap::build_ssl_capabilities(None).expect("nothing to load");
-        let (journal, (_, most, _)) = (&self.hub.journal, limits());
-        // Each thread holds a clone, and drops it however it ends: the count is that of threads.
-        let threads = Arc::new(());
-        while !self.hub.closed.load(SeqCst) {
-            if Arc::strong_count(&threads) > EAGER {
-                thread::sleep(Duration::from_micros(200));
-            }
-            // The library panics where a connection has taken the last descriptor.
-            match catch_unwind(|| tiny_http::Server::accept_connection(&listener, &no_tls)) {
-                Ok(Ok(Some(connection))) => {
-                    let (server, held) = (self.clone(), threads.clone());
-                    let serve = move || {
-                        let mut requests = connection.map_while(Result::ok);
-                        requests.any(|request| routes::respond(&server, metrics, request));
-                        drop(held);
-                    };
-                    let thread = thread::Builder::new().stack_size(STACK);
-                    if Arc::strong_count(&threads) > most || thread.spawn(serve).is_err() {
-                        journal.warn("sse_connections_refused_total", "too many connections");
-                    }
-                }
-                // The listener's own timeout.
-                Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
-                _ if self.hub.closed.load(SeqCst) => {}
+    /// Starts a thread. A panic ends it, and nothing else.
+    fn spawn(self: &Arc<Self>, work: fn(&Arc<Self>)) -> io::Result<()> {
+        let (server, thread) = (self.clone(), thread::Builder::new().stack_size(STACK));
+        self.threads.fetch_add(1, SeqCst);
+        let spawned = thread.spawn(move || {
+            _ = catch_unwind(AssertUnwindSafe(|| work(&server)));
+            server.threads.fetch_sub(1, SeqCst);
+        });
+        if spawned.is_err() {
+            self.threads.fetch_sub(1, SeqCst);
+        }
+        spawned.map(drop)
+    }
+
+    /// Accepts until the server is closed.
+    fn accept(self: &Arc<Self>, listener: Option<&TcpListener>, door: Door) {
+        while !self.hub.closed.load(SeqCst)
+            && let Some(listener) = listener
+        {
+            match listener.accept() {
+                Ok((socket, _)) => self.hand_over(socket, door),
+                // It left before it was accepted; or the server ends.
+                Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
+                Err(_) if self.hub.closed.load(SeqCst) => {}
                 // Out of descriptors, as a rule. Whoever connects waits in the kernel meanwhile.
-                _ => {
-                    journal.warn("sse_accept_failures_total", "cannot accept connections");
-                    thread::sleep(Duration::from_secs(1));
+                Err(error) => {
+                    let line = format_args!("cannot accept connections: {error}");
+                    self.hub.metrics.accept_failures.warn(line);
+                    self.make_room();
+                    thread::sleep(MOMENT);
                 }
+            }
+        }
+    }
+
+    /// Gives a connection to a thread that waits for one, or to a new one, or frees one.
+    fn hand_over(self: &Arc<Self>, socket: TcpStream, door: Door) {
+        let (mut arrival, mut patience) = (Some((socket, door)), MOMENT);
+        while !self.hub.closed.load(SeqCst) {
+            match self.pool.sender.send_timeout(arrival, patience) {
+                Ok(()) => return,
+                Err(nobody) => arrival = nobody.into_inner(),
+            }
+            let full = self.threads.load(SeqCst) >= MAX_THREADS;
+            if full || self.spawn(|server| server.work()).is_err() {
+                self.make_room();
+            }
+            patience = HAND_OVER.min(10 * patience);
+        }
+    }
+
+    /// Closes the connection that comes first among those that wait.
+    fn make_room(&self) {
+        let first = self.waiting.lock().pop_first();
+        if let Some((_, socket)) = first {
+            _ = socket.shutdown(Shutdown::Both);
+            let line = "connection closed to make room for another";
+            self.hub.metrics.evicted.warn(line);
+            // There is room when its thread has let go of it: until then no other is closed.
+            while Arc::strong_count(&socket) > 1 {
+                thread::sleep(MOMENT);
+            }
+        }
+    }
+
+    /// A thread of the pool: one connection after the other.
+    fn work(&self) {
+        while let Ok(Some((socket, door))) = self.pool.receiver.recv_timeout(IDLE) {
+            _ = socket.set_nodelay(true);
+            let connection = Connection::new(socket, &self.hub.config, &self.waiting);
+            self.serve(connection, door);
+        }
+    }
+
+    /// Answers the requests of a connection until it ends or becomes a stream.
+    fn serve(&self, mut connection: Connection, door: Door) {
+        loop {
+            let request = match connection.receive() {
+                Ok(request) => Ok(request),
+                Err(Some(refusal)) => Err(refusal),
+                Err(None) => return,
+            };
+            let Some(mut answer) = reply(&self.hub, door, &request) else {
+                return;
+            };
+            if let Some(topics) = answer.stream.take() {
+                let chunked = request.is_ok_and(|request| request.modern);
+                let (head, config) = (answer.head(true), &self.hub.config);
+                if let Ok(socket) = connection.into_stream() {
+                    end_if_vanished(&socket, Duration::from_secs(config.write_timeout));
+                    let stream = Stream::new(Box::new(socket), head, chunked, config.retry);
+                    self.hub.subscribe(topics, stream);
+                }
+                return;
+            }
+            let method = request.as_ref().map(|request| &request.method);
+            // Nothing else is answered so than a submission that was opened.
+            if method == Ok(&Method::Post) && answer.status == 200 {
+                connection.is_authentic();
+            }
+            let (head_only, ending) = (method == Ok(&Method::Head), &self.hub.closed);
+            let last = ending.load(SeqCst) || request.map_or(true, |it| it.last);
+            if connection.answer(&answer, head_only, last).is_err() || last {
+                return connection.close();
             }
         }
     }
 }
 
-/// A listener whose options every accepted connection inherits, as Linux has it: the library
-/// keeps a connection's socket to itself.
-fn listen(config: &Config, address: SocketAddr) -> io::Result<TcpListener> {
-    let [read, write] = [config.read_timeout, config.write_timeout].map(Duration::from_secs);
+/// A peer that vanished acknowledges nothing: its stream ends after so long, at the latest of the
+/// next comment. Where the system has no such option, its own limits hold: failing is no error.
+fn end_if_vanished(socket: &TcpStream, patience: Duration) {
+    let socket = SockRef::from(socket);
+    _ = socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(patience));
+    #[cfg(target_os = "linux")]
+    let _ = socket.set_tcp_user_timeout(Some(patience));
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let refused = |error| io::Error::other(format!("cannot listen on {address}: {error}"));
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
-    socket.set_tcp_nodelay(true)?;
-    socket.set_read_timeout(Some(read))?;
-    // Linux takes less than no time for no wait: a write that a full socket makes wait for one
-    // tick, the least that std can set, holds up all others for 8 ms here; this one takes 2 µs.
-    setsockopt(&socket, sockopt::SendTimeout, &TimeVal::new(-1, 0))?;
-    // A peer that vanished acknowledges nothing. Its connection ends after this time, and the
-    // next heartbeat's write reports it.
-    socket.set_tcp_user_timeout(Some(write))?;
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(write))?;
     socket.bind(&address.into()).map_err(refused)?;
-    socket.listen(BACKLOG)?;
+    socket.listen(BACKLOG).map_err(refused)?;
     Ok(socket.into())
-}
-
-/// Open files the system allows. Of those, what connections may be, a seventh, since each has two
-/// until it becomes a stream; and what streams may be, two thirds. The rest is for the process.
-fn limits() -> (usize, usize, usize) {
-    let files = getrlimit(resource::Resource::RLIMIT_NOFILE)
-        .map_or(usize::MAX, |(soft, _hard)| soft as usize);
-    (files, MAX_CONNECTIONS.min(files / 7), files / 3 * 2)
 }

@@ -8,7 +8,8 @@
 mod attack;
 mod support;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -18,7 +19,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use attack::*;
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 use support::*;
 
 /// KiB that a process may have grown by after an attack of a few thousand connections.
@@ -26,12 +27,13 @@ const SLACK: u64 = 16 * 1024;
 
 // ------------------------------------------------------------------- 1: lies, greetings, garbage
 
-/// One request with a length of 70 TB ended the process of a server built on the library's
-/// published version. Every length that is none, or is over the limit, on every path.
+/// One request with a length of 70 TB ended the process of a server built on an HTTP library as it
+/// was published. Every length that is none, or is over the limit, on every path.
 #[test]
 fn a_lying_content_length_costs_its_sender_the_connection_and_nobody_else_anything() {
     let _alone = alone();
-    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "1")]);
+    // Longer than a test may take: none of these is to be waited for.
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "600")]);
     let witness = Witness::start(&server);
     let before = Vitals::of(&server);
     let huge = [
@@ -44,11 +46,12 @@ fn a_lying_content_length_costs_its_sender_the_connection_and_nobody_else_anythi
         "9223372036854775807",
         "9223372036854775808",
         "18446744073709551615",
-    ];
-    let none = [
         "18446744073709551616",
         "99999999999999999999999999",
+    ];
+    let none = [
         "-1",
+        "+1",
         "-9223372036854775808",
         "5, 5",
         "5,500",
@@ -78,46 +81,49 @@ fn a_lying_content_length_costs_its_sender_the_connection_and_nobody_else_anythi
                     let bytes = request(method, target, fields, body.as_bytes());
                     assert!(send(&mut stream, &bytes));
                     let case = format!("{method} {target} {fields:?} {body:?}");
-                    let refused = match refused {
-                        // No number, or one among two: then it is the head that is refused.
-                        413 if none.contains(length) || fields.starts_with(&twice) => 0,
-                        other => other,
-                    };
-                    sent.push((stream, case, refused));
+                    // No number, or one among two: then it is the head that is refused.
+                    let wrong = none.contains(length) || fields.starts_with(&twice);
+                    sent.push((stream, case, if wrong { 400 } else { refused }));
                 }
             }
         }
     }
     let cases = sent.len();
     for (mut stream, case, expected) in sent {
-        let Fate::Closed(statuses) = fate(&mut stream) else {
-            panic!("a stream without a token: {case}");
-        };
-        assert!(!statuses.is_empty(), "closed unanswered: {case}");
-        // No length at all is taken for an empty body, which "100 Continue" may precede.
-        let fits = |status: &u16| (200..500).contains(status) || (*status == 100 && expected == 0);
-        assert!(statuses.iter().all(fits), "{statuses:?}: {case}");
-        if expected != 0 && !case.contains("Content-Length: 3") {
-            assert_eq!(statuses[0], expected, "{case}");
-        }
+        assert_eq!(fate(&mut stream), Fate::Closed(vec![expected]), "{case}");
     }
     before.expect_back(&server, SLACK);
     witness.finish(&format!("1 lying lengths ({cases})"));
 }
 
 /// RFC 9112, section 6.3: who reads a body by the one header, where a proxy reads it by the
-/// other, serves one client's bytes as another one's request.
+/// other, serves one client's bytes as another one's request. A length that is none was overlooked
+/// beside a transfer encoding.
 #[test]
 fn a_length_beside_a_transfer_encoding_is_refused_and_the_connection_closed() {
     let _alone = alone();
-    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "2")]);
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "600")]);
     let witness = Witness::start(&server);
     let both = "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n";
     let swapped = "Transfer-Encoding: chunked\r\nContent-Length: 4\r\n";
+    let no_length = "Content-Length: abc\r\nTransfer-Encoding: chunked\r\n";
+    let no_length_swapped = "Transfer-Encoding: chunked\r\nContent-Length: abc\r\n";
     let unknown = "Transfer-Encoding: sideways\r\n";
     let doubled = "Transfer-Encoding: chunked, chunked\r\n";
     let not_last = "Transfer-Encoding: chunked, gzip\r\n";
-    for fields in [both, swapped, unknown, doubled, not_last] {
+    let identity = "Transfer-Encoding: identity\r\nContent-Length: 4\r\n";
+    let other_case = "tRANSFER-eNCODING: cHUNKED\r\n";
+    for fields in [
+        both,
+        swapped,
+        no_length,
+        no_length_swapped,
+        unknown,
+        doubled,
+        not_last,
+        identity,
+        other_case,
+    ] {
         for (method, target) in [("POST", "/submit"), ("GET", "/ping"), ("POST", "/nothing")] {
             let mut bytes = request(method, target, fields, b"0\r\n\r\n");
             // Were the body taken for a request, this would be answered too.
@@ -125,23 +131,22 @@ fn a_length_beside_a_transfer_encoding_is_refused_and_the_connection_closed() {
             let mut stream = connect(server.addr);
             send(&mut stream, &bytes);
             let case = format!("{method} {target} {fields}");
-            assert_eq!(fate(&mut stream), Fate::Closed(vec![400]), "{case}");
+            assert_eq!(fate(&mut stream), Fate::Closed(vec![411]), "{case}");
         }
     }
     witness.finish("1 conflicting lengths");
 }
 
 /// A body that its request had no use for must not be read as the next request: behind a proxy
-/// that shares its connections, that request would be answered to somebody else.
+/// that shares its connections, that request would be answered to somebody else. What does come
+/// behind the body is served.
 #[test]
 fn a_body_that_nobody_reads_is_never_taken_for_a_request() {
     let _alone = alone();
-    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "1")]);
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "600")]);
     let witness = Witness::start(&server);
     let inner = request("GET", "/nothing", "", b"");
-    let mut chunked = format!("{:x}\r\n", inner.len()).into_bytes();
-    chunked.extend_from_slice(&inner);
-    chunked.extend_from_slice(b"\r\n0\r\n\r\n");
+    let chunked = chunked(&[&inner]);
     let length = format!("Content-Length: {}\r\n", inner.len());
     let long = format!("Content-Length: {}\r\n", inner.len() + 2000);
     let mut padded = inner.clone();
@@ -149,27 +154,39 @@ fn a_body_that_nobody_reads_is_never_taken_for_a_request() {
     let expecting = format!("{length}Expect: 100-continue\r\n");
     let upgrade = format!("{length}Connection: upgrade\r\nUpgrade: h2c\r\n");
     let negative = "Content-Length: -7\r\n".to_string();
-    for (fields, body) in [
-        ("Transfer-Encoding: chunked\r\n", &chunked),
-        (&length, &inner),
-        (&long, &padded),
-        (&expecting, &inner),
-        (&upgrade, &inner),
-        (&negative, &inner),
+    let too_long = "Content-Length: 16385\r\n".to_string();
+    let encoded = "Transfer-Encoding: chunked\r\n".to_string();
+    for (fields, body, closed) in [
+        (&encoded, &chunked, Some(411)),
+        (&negative, &inner, Some(400)),
+        (&too_long, &inner, None),
+        (&length, &inner, None),
+        (&long, &padded, None),
+        (&expecting, &inner, None),
+        (&upgrade, &inner, None),
     ] {
-        for (method, target) in [
-            ("GET", "/ping"),
-            ("OPTIONS", "/ping"),
-            ("OPTIONS", "/submit"),
+        for (method, target, answer) in [
+            ("GET", "/ping", 200),
+            ("OPTIONS", "/ping", 204),
+            ("OPTIONS", "/submit", 204),
+            ("POST", "/submit", 401),
         ] {
+            let mut bytes = request(method, target, fields, body);
+            bytes.extend(request("GET", "/ping", "Connection: close\r\n", b""));
             let mut stream = connect(server.addr);
-            send(&mut stream, &request(method, target, fields, body));
-            let Fate::Closed(statuses) = fate(&mut stream) else {
+            send(&mut stream, &bytes);
+            let Fate::Closed(mut statuses) = fate(&mut stream) else {
                 panic!("a stream without a token");
             };
-            let case = format!("{method} {target} {fields:?}: {statuses:?}");
-            assert!(!statuses.contains(&404), "the body was served: {case}");
-            assert!(!statuses.is_empty(), "{case}");
+            // Whether it says so depends on how much came at once.
+            statuses.retain(|status| *status != 100);
+            let expected = match closed {
+                Some(status) => vec![status],
+                None if *fields == too_long && method == "POST" => vec![413],
+                None if *fields == too_long => vec![answer],
+                None => vec![answer, 200],
+            };
+            assert_eq!(statuses, expected, "{method} {target} {fields:?}");
         }
     }
     witness.finish("1 unread bodies");
@@ -221,75 +238,136 @@ fn a_body_without_end_is_not_kept_and_starves_nobody() {
     witness.finish("1 endless bodies");
 }
 
-/// Chunks that lie, overflow, never end or end too early.
+/// Chunks that lie, overflow, never end, end too early, or are right: nothing of them is read, since
+/// each reader of them that there is was fooled once.
 #[test]
 fn malformed_and_endless_chunked_bodies_are_refused() {
     let _alone = alone();
-    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "1")]);
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "600")]);
     let witness = Witness::start(&server);
     let before = Vitals::of(&server);
     let big = [b'A'; 20_000];
-    let small_chunks = b"1\r\nA\r\n".repeat(17_000);
-    let cases: &[(&str, Vec<u8>, &[u16])] = &[
-        ("no size", b"\r\n\r\n".to_vec(), &[400]),
-        ("not hex", b"xyz\r\nabc\r\n0\r\n\r\n".to_vec(), &[400]),
-        ("negative", b"-1\r\nabc\r\n0\r\n\r\n".to_vec(), &[400]),
-        ("2^64", b"10000000000000000\r\nabc\r\n".to_vec(), &[400]),
-        ("2^64-1", b"ffffffffffffffff\r\nabc\r\n".to_vec(), &[400]),
-        ("2^63", b"8000000000000000\r\nabc\r\n".to_vec(), &[400]),
-        ("no line end", b"3\r\nabcd\r\n0\r\n\r\n".to_vec(), &[400]),
-        ("bare line feed", b"3\nabc\n0\n\n".to_vec(), &[400]),
-        ("never ends", b"3\r\nabc\r\n".to_vec(), &[400]),
-        ("no last line", b"3\r\nabc\r\n0\r\n".to_vec(), &[400]),
-        (
-            "a trailer",
-            b"3\r\nabc\r\n0\r\nX: y\r\n\r\n".to_vec(),
-            &[400],
-        ),
-        ("binary size", vec![0xff; 64], &[400]),
-        ("long size", vec![b'0'; 100_000], &[400]),
-        ("long extension", [b"3;", &big[..]].concat(), &[400]),
-        (
-            "too big",
-            [b"4e20\r\n", &big[..], b"\r\n0\r\n\r\n"].concat(),
-            &[413],
-        ),
-        (
-            "too many",
-            [&small_chunks[..], b"0\r\n\r\n"].concat(),
-            &[413],
-        ),
+    let submission = server.submission(&[("chunks", "", "good")]);
+    let cases: &[(&str, Vec<u8>)] = &[
+        ("good", chunked(&[submission.as_bytes()])),
+        ("nothing yet", Vec::new()),
+        ("no size", b"\r\n\r\n".to_vec()),
+        ("not hex", b"xyz\r\nabc\r\n0\r\n\r\n".to_vec()),
+        ("negative", b"-1\r\nabc\r\n0\r\n\r\n".to_vec()),
+        ("2^64", b"10000000000000000\r\nabc\r\n".to_vec()),
+        ("2^64-1", b"ffffffffffffffff\r\nabc\r\n".to_vec()),
+        ("2^63", b"8000000000000000\r\nabc\r\n".to_vec()),
+        ("no line end", b"3\r\nabcd\r\n0\r\n\r\n".to_vec()),
+        ("bare line feed", b"3\nabc\n0\n\n".to_vec()),
+        ("never ends", b"3\r\nabc\r\n".to_vec()),
+        ("no last line", b"3\r\nabc\r\n0\r\n".to_vec()),
+        ("a trailer", b"3\r\nabc\r\n0\r\nX: y\r\n\r\n".to_vec()),
+        ("binary size", vec![0xff; 64]),
+        ("long size", vec![b'0'; 100_000]),
+        ("long extension", [b"3;", &big[..]].concat()),
+        ("too big", chunked(&[&big])),
+        ("too many", chunked(&[&b"A"[..]; 17_000])),
     ];
     let mut sent = Vec::new();
-    for (case, body, expected) in cases {
-        for ending in [None, Some(Shutdown::Write)] {
+    for (case, body) in cases {
+        for ends in [false, true] {
             let mut stream = connect(server.addr);
             let fields = "Transfer-Encoding: chunked\r\n";
             send(&mut stream, &request("POST", "/submit", fields, body));
-            if let Some(ending) = ending {
-                let _ = stream.shutdown(ending);
+            if ends {
+                let _ = stream.shutdown(Shutdown::Write);
             }
-            sent.push((stream, case, expected, ending.is_some()));
+            sent.push((stream, case));
         }
     }
-    for (mut stream, case, expected, ended) in sent {
-        let Fate::Closed(statuses) = fate(&mut stream) else {
-            panic!("a stream without a token");
-        };
-        // Where the sender ended it, a body cut short within a chunk is no token: 401 is as good.
-        let fits = statuses == **expected || (ended && statuses == [401]);
-        assert!(fits, "{case}: {statuses:?} instead of {expected:?}");
+    for (mut stream, case) in sent {
+        assert_eq!(fate(&mut stream), Fate::Closed(vec![411]), "{case}");
     }
     before.expect_back(&server, SLACK);
     witness.finish("1 chunked bodies");
 }
 
-/// What browsers and scanners send to a port that they take for HTTPS or HTTP/2. (A request line
-/// that says HTTP/2.0 is another matter, below.)
+/// KiB by which a process may grow while 30 connections send what has no end: the thread and the
+/// 12 KiB of each, and what an allocator takes at a time.
+const BOUNDED: u64 = 8 * 1024;
+
+/// Sends `start` and then `block` again and again, on 30 connections, until each is answered with
+/// this status and closed: nothing of it may be kept.
+#[track_caller]
+fn pour(row: &str, start: Vec<u8>, block: &[u8], refused: u16) {
+    const COUNT: usize = 30;
+    // Each sends so much, unless the server has had enough before.
+    const MOST: usize = 32 << 20;
+    let _alone = alone();
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "600")]);
+    let witness = Witness::start(&server);
+    let before = Vitals::of(&server);
+    let highest = server.status("VmHWM");
+    let block = Arc::new(block.repeat((64 << 10) / block.len()));
+    let senders: Vec<_> = (0..COUNT)
+        .map(|_| {
+            let (mut stream, start, block) = (connect(server.addr), start.clone(), block.clone());
+            in_background(move || {
+                let mut taken = start.len();
+                let mut more = send(&mut stream, &start);
+                while more && taken < MOST {
+                    more = send(&mut stream, &block);
+                    taken += block.len();
+                }
+                (fate(&mut stream), taken)
+            })
+        })
+        .collect();
+    let mut taken = 0;
+    for sender in senders {
+        let (fate, sent) = sender.join().unwrap();
+        assert_eq!(fate, Fate::Closed(vec![refused]), "{row}");
+        taken += sent;
+    }
+    let grown = server.status("VmHWM") - highest;
+    println!("  {row}: {} MiB sent, grown by {grown} KiB", taken >> 20);
+    assert!(grown < BOUNDED, "it keeps what it should not: {grown} KiB");
+    before.expect_back(&server, SLACK);
+    witness.finish(row);
+}
+
+/// 30 connections that each sent one header line without an end took 1.9 GiB in 6 seconds.
+#[test]
+fn an_endless_header_line_costs_no_memory() {
+    let start = b"GET /ping HTTP/1.1\r\nHost: test\r\nX: ".to_vec();
+    pour("1 endless header line", start, b"A", 431);
+}
+
+/// The same of many lines, each of them short, and of one that never comes to its colon.
+#[test]
+fn endless_header_lines_and_names_cost_no_memory() {
+    let start = b"GET /ping HTTP/1.1\r\nHost: test\r\n".to_vec();
+    pour("1 endless header", start.clone(), b"X: y\r\n", 431);
+    pour("1 endless header name", start, b"A", 431);
+}
+
+#[test]
+fn an_endless_request_line_costs_no_memory() {
+    pour("1 endless target", b"GET /".to_vec(), b"A", 414);
+    pour("1 endless method", b"G".to_vec(), b"A", 414);
+}
+
+/// The size of a chunk, in as many digits as the network takes: 400 MiB were kept of 400 MiB sent.
+#[test]
+fn an_endless_chunk_size_line_costs_no_memory() {
+    let fields = "Transfer-Encoding: chunked\r\n";
+    let start = request("POST", "/submit", fields, b"");
+    pour("1 endless chunk size", start, b"0", 411);
+    let start = request("POST", "/submit", fields, b"3;");
+    pour("1 endless chunk extension", start, b"x", 411);
+}
+
+/// What browsers and scanners send to a port that they take for HTTPS or another service. It is
+/// known for what it is from its first line or byte: nobody waits for the rest.
 #[test]
 fn greetings_of_other_protocols_are_closed() {
     let _alone = alone();
-    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "1")]);
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "600")]);
     let witness = Witness::start(&server);
     let before = Vitals::of(&server);
     let mut dice = Dice::new(0x7155);
@@ -299,124 +377,156 @@ fn greetings_of_other_protocols_are_closed() {
     hello.extend(dice.bytes(32));
     hello.extend_from_slice(b"\x00\x06\x13\x01\x13\x02\x13\x03\x01\x00");
     hello.resize(517, 0);
-    let upgrade = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\
-                   HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n";
-    let socket = "Connection: Upgrade\r\nUpgrade: websocket\r\n\
-                  Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n";
     let greetings = [
-        ("TLS", hello, &[400][..]),
-        ("h2c", request("GET", "/ping", upgrade, b""), &[200]),
-        ("WebSocket", request("GET", "/ping", socket, b""), &[200]),
-        ("SSH", b"SSH-2.0-OpenSSH_9.6\r\n".to_vec(), &[400]),
-        ("SMTP", b"EHLO there\r\n".to_vec(), &[400]),
-        (
-            "PROXY",
-            b"PROXY TCP4 1.2.3.4 1.2.3.5 6 7\r\n".to_vec(),
-            &[400],
-        ),
-        ("SOCKS", b"\x05\x01\x00".to_vec(), &[400]),
+        ("TLS", hello, 400),
+        ("SSH", b"SSH-2.0-OpenSSH_9.6\r\n".to_vec(), 400),
+        ("SMTP", b"EHLO there\r\n".to_vec(), 400),
+        ("Redis", b"*1\r\n$4\r\nPING\r\n".to_vec(), 400),
+        ("PROXY", b"PROXY TCP4 1.2.3.4 1.2.3.5 6 7\r\n".to_vec(), 400),
+        ("SOCKS", b"\x05\x01\x00".to_vec(), 400),
         (
             "PostgreSQL",
             b"\x00\x00\x00\x08\x04\xd2\x16\x2f".to_vec(),
-            &[400],
+            400,
         ),
+        ("RTSP", b"OPTIONS * RTSP/1.0\r\n".to_vec(), 400),
+        ("HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), 505),
     ];
     let mut sent = Vec::new();
     for (name, bytes, expected) in &greetings {
         for _ in 0..25 {
             let mut stream = connect(server.addr);
             send(&mut stream, bytes);
-            sent.push((stream, name, expected));
+            sent.push((stream, name, *expected));
         }
     }
     for (mut stream, name, expected) in sent {
         let statuses = fate(&mut stream);
-        assert_eq!(statuses, Fate::Closed(expected.to_vec()), "{name}");
+        assert_eq!(statuses, Fate::Closed(vec![expected]), "{name}");
     }
     before.expect_back(&server, SLACK);
     witness.finish("1 greetings");
+}
+
+/// Java's client offers it with every request, and goes on as before where nobody takes it.
+#[test]
+fn an_offer_to_upgrade_is_ignored_and_ends_nothing() {
+    let server = TestServer::start(&[]);
+    let upgrade = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\
+                   HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n";
+    let socket = "Connection: Upgrade\r\nUpgrade: websocket\r\n\
+                  Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n";
+    let mut connection = server.connect();
+    for fields in [upgrade, socket, upgrade, ""] {
+        connection.send(request("GET", "/ping", fields, b""));
+        let answer = connection.answer();
+        assert_eq!((answer.status, &*answer.text()), (200, "ok\n"), "{fields}");
+        assert_eq!(answer.header("Connection"), None, "{fields}");
+    }
 }
 
 /// Every way to write a head wrongly that a parser was ever fooled by.
 #[test]
 fn a_malformed_head_is_refused_and_its_connection_closed() {
     let _alone = alone();
-    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "1")]);
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "600")]);
     let witness = Witness::start(&server);
     let before = Vitals::of(&server);
     let long = "x".repeat(1 << 20);
     let many = "X: y\r\n".repeat(20_000);
-    let head = |lines: &str| format!("GET /ping HTTP/1.1\r\n{lines}\r\n\r\n").into_bytes();
+    let line = |line: &str| format!("{line}\r\nHost: test\r\n\r\n").into_bytes();
+    let head = |lines: &str| line(&format!("GET /ping HTTP/1.1\r\n{lines}"));
+    let without_host = |line: &str| format!("{line}\r\n\r\n").into_bytes();
     let refused = [
-        head("no colon"),
-        head("Host : space before the colon"),
-        head("X: \u{fc}ber"),
-        head("bare: line\nfeed: here"),
-        head("bare: carriage\rreturn: here"),
-        b"GET /ping HTTP/1.1\n\n".to_vec(),
-        b"GET /ping\r\n\r\n".to_vec(),
-        b"GET  /ping HTTP/1.1\r\n\r\n".to_vec(),
-        b"GET /ping HTTP/1.1 \xff\r\n\r\n".to_vec(),
-        b"GET /ping http/1.1\r\n\r\n".to_vec(),
-        b"GET /ping HTTP/1.10\r\n\r\n".to_vec(),
-        b"GET /ping HTTP/9.9\r\n\r\n".to_vec(),
-        b"GET\t/ping\tHTTP/1.1\r\n\r\n".to_vec(),
-        b"\r\n\r\n\r\n\r\n".to_vec(),
-        b"\0\0\0\0\r\n\r\n".to_vec(),
-        head("Expect: a miracle"),
-        format!("{long} /ping HTTP/1.1").into_bytes(),
+        (400, head("no colon")),
+        (400, head(": no name")),
+        (400, head("X : space before the colon")),
+        (400, head("X\t: tab before the colon")),
+        (400, head(" X: space before the name")),
+        (400, head("X y: space within the name")),
+        (400, head("X: y\r\n folded: line")),
+        (400, head("X: y\r\n\tfolded")),
+        (400, head("X: \0")),
+        (400, head("X: \x01\x02\x7f")),
+        (400, head("bare: line\nfeed: here")),
+        (400, head("bare: carriage\rreturn: here")),
+        (400, head("\u{fc}ber: the name")),
+        (400, head("Host: two")),
+        (400, without_host("GET /ping HTTP/1.1")),
+        (400, line("GET /ping")),
+        (400, line("GET  /ping HTTP/1.1")),
+        (400, line("GET /ping HTTP/1.1 ")),
+        (400, line(" GET /ping HTTP/1.1")),
+        (400, line("GET /ping http/1.1")),
+        (400, line("GET /ping HTTP/1.10")),
+        (400, line("GET /ping HTTP/1")),
+        (400, line("GET /ping HTTPS/1.1")),
+        (400, line("GET\t/ping\tHTTP/1.1")),
+        (400, line("G\u{e9}T /ping HTTP/1.1")),
+        (400, line("GET /p\u{ef}ng HTTP/1.1")),
+        (400, line("GET /p\0ng HTTP/1.1")),
+        (400, b"GET /ping HTTP/1.1 \xff\r\n\r\n".to_vec()),
+        (400, b"GET /ping HTTP/1.1\n\n".to_vec()),
+        (400, b"GET /ping HTTP/1.1\nHost: test\r\n\r\n".to_vec()),
+        (400, b"\0\0\0\0\r\n\r\n".to_vec()),
+        (505, line("GET /ping HTTP/0.9")),
+        (505, line("GET /ping HTTP/1.2")),
+        (505, line("GET /ping HTTP/9.9")),
+        (414, format!("{long} /ping HTTP/1.1").into_bytes()),
+        (414, line(&format!("GET /{long} HTTP/1.1"))),
+        (414, line(&format!("GET /events?token={long} HTTP/1.1"))),
+        (414, line(&format!("{} /ping HTTP/1.1", "A".repeat(9000)))),
+        (431, head(&format!("X: {long}"))),
+        (431, head(many.trim_end())),
     ];
-    // Strange, but not wrong, or a length that only a proxy can limit: answered, or refused.
-    let strange = [
-        head(": no name"),
-        head("X: \0\x01\x02\x7f"),
-        head("X: y\r\n folded: line"),
-        head(&format!("X: {long}")),
-        head(many.trim_end()),
-        format!("GET /{long} HTTP/1.1\r\n\r\n").into_bytes(),
-        format!("GET /events?{long} HTTP/1.1\r\n\r\n").into_bytes(),
-        format!("GET /events?token={long} HTTP/1.1\r\n\r\n").into_bytes(),
-        format!("{} /ping HTTP/1.1\r\n\r\n", "A".repeat(9000)).into_bytes(),
-        b"GET http://other/ping HTTP/1.1\r\n\r\n".to_vec(),
-        b"GET //ping HTTP/1.1\r\n\r\n".to_vec(),
-        b"GET /ping%00 HTTP/1.1\r\n\r\n".to_vec(),
-        b"GET /../../etc/passwd HTTP/1.1\r\n\r\n".to_vec(),
-        b"GET ?token= HTTP/1.1\r\n\r\n".to_vec(),
-        b"OPTIONS * HTTP/1.1\r\n\r\n".to_vec(),
-        b"CONNECT host:443 HTTP/1.1\r\n\r\n".to_vec(),
-        b"TRACE /ping HTTP/1.1\r\n\r\n".to_vec(),
-        head("TE: chunked;q=NaN, identity;q=-inf, gzip;q=1e99"),
-        head("Connection: close, upgrade, keep-alive"),
+    // Strange, but not wrong.
+    let answered = [
+        (200, head("Expect: a miracle")),
+        (200, head("X: \u{fc}ber")),
+        (200, head("X: tab\tand more")),
+        (200, head("X:")),
+        (200, head("X:no space")),
+        (200, head("TE: chunked;q=NaN, identity;q=-inf, gzip;q=1e99")),
+        (200, head("Connection: upgrade, keep-alive")),
+        (200, line("\r\n\r\nGET /ping HTTP/1.1")),
+        (200, line("GET http://other/ping HTTP/1.1")),
+        (404, line("GET //ping HTTP/1.1")),
+        (404, line("GET /ping%00 HTTP/1.1")),
+        (404, line("GET /../../etc/passwd HTTP/1.1")),
+        (404, line("GET ?token= HTTP/1.1")),
+        (404, line(&format!("GET /{} HTTP/1.1", "x".repeat(8000)))),
+        (204, line("OPTIONS * HTTP/1.1")),
+        (404, line("CONNECT host:443 HTTP/1.1")),
+        (405, line("TRACE /ping HTTP/1.1")),
+        (405, line(&format!("{} /ping HTTP/1.1", "A".repeat(8000)))),
     ];
-    let strange_from = refused.len();
     let mut sent = Vec::new();
-    for (number, bytes) in refused.iter().chain(&strange).enumerate() {
+    for (status, bytes) in &refused {
         let mut stream = connect(server.addr);
         send(&mut stream, bytes);
-        sent.push((stream, number, bytes));
+        sent.push((stream, bytes, vec![*status]));
     }
-    for (mut stream, number, bytes) in sent {
-        let Fate::Closed(statuses) = fate(&mut stream) else {
-            panic!("a stream without a token");
-        };
+    for (status, bytes) in &answered {
+        let mut stream = connect(server.addr);
+        send(&mut stream, bytes);
+        // And the connection goes on.
+        let last = request("GET", "/ping", "Connection: close\r\n", b"");
+        send(&mut stream, &last);
+        sent.push((stream, bytes, vec![*status, 200]));
+    }
+    for (mut stream, bytes, expected) in sent {
         let case = String::from_utf8_lossy(&bytes[..bytes.len().min(60)]);
-        let ok = |status: &u16| (200..500).contains(status);
-        assert!(statuses.iter().all(ok), "{case:?}: {statuses:?}");
-        if number < strange_from {
-            let refused = matches!(statuses[..], [] | [400] | [417]);
-            assert!(refused, "{case:?}: {statuses:?}");
-        }
+        assert_eq!(fate(&mut stream), Fate::Closed(expected), "{case:?}");
     }
     before.expect_back(&server, SLACK);
     witness.finish("1 malformed heads");
 }
 
-/// Nobody thinks of every attack: so chance does. Request lines that say HTTP/2.0 or HTTP/3.0 are
-/// left out, since each costs its connection for ever, as the next test tells.
+/// Nobody thinks of every attack: so chance does.
 #[test]
 fn two_thousand_mutations_of_valid_requests_leave_nothing_behind() {
     let _alone = alone();
-    let settings = [("SSE_READ_TIMEOUT", "1"), ("SSE_HEARTBEAT", "1")];
+    let settings = [("SSE_READ_TIMEOUT", "2"), ("SSE_HEARTBEAT", "1")];
     let server = TestServer::start(&settings);
     let witness = Witness::start(&server);
     let before = Vitals::of(&server);
@@ -451,6 +561,7 @@ fn two_thousand_mutations_of_valid_requests_leave_nothing_behind() {
         b"\xff\xfe",
         b"HTTP/1.0",
         b"HTTP/1.1\r\n",
+        b"HTTP/2.0\r\n",
         b"Content-Length: 0\r\n",
         b"Content-Length: 18446744073709551615\r\n",
         b"Content-Length: -1\r\n",
@@ -463,19 +574,12 @@ fn two_thousand_mutations_of_valid_requests_leave_nothing_behind() {
         b"0\r\n\r\n",
         b"GET /ping HTTP/1.1\r\n\r\n",
     ];
-    let trapped = |bytes: &[u8]| {
-        let says = |version: &[u8]| bytes.windows(8).any(|part| part == version);
-        says(b"HTTP/2.0") || says(b"HTTP/3.0")
-    };
     let (mut streams, mut closed) = (0, 0);
     for _ in 0..4 {
         let mut sent = Vec::new();
         while sent.len() < 500 {
             let mut bytes = valid[dice.below(valid.len())].clone();
             dice.mutate(&mut bytes, words);
-            if trapped(&bytes) {
-                continue;
-            }
             let mut stream = connect(server.addr);
             send(&mut stream, &bytes);
             // Three leave it at that, the fourth waits for the timeout.
@@ -489,7 +593,7 @@ fn two_thousand_mutations_of_valid_requests_leave_nothing_behind() {
                 Fate::Stream => streams += 1,
                 Fate::Closed(statuses) => {
                     closed += 1;
-                    let failed = statuses.iter().any(|status| *status >= 500);
+                    let failed = statuses.iter().any(|it| *it >= 500 && *it != 505);
                     let case = String::from_utf8_lossy(&bytes);
                     assert!(!failed, "{statuses:?} for {case:?}");
                 }
@@ -502,53 +606,39 @@ fn two_thousand_mutations_of_valid_requests_leave_nothing_behind() {
     witness.finish("1 mutations (2000)");
 }
 
-/// The library answers such a request while the request that it refuses still holds the
-/// connection's writer, and waits for ever: a thread and two descriptors. Nothing outside it can
-/// help, so a proxy has to keep such lines away. A repaired library makes this test fail: then
-/// the threat model has to be changed, and the filter in the test above removed.
+/// A thread and two descriptors for each, for ever, was the cost of a request line that says
+/// HTTP/2.0, since the library waited for itself: some thousands of them stopped all others.
 #[test]
-fn an_http2_request_line_costs_its_connection_for_ever_and_nobody_else_anything() {
+fn an_http2_request_line_is_refused_and_leaves_nothing_behind() {
     let _alone = alone();
-    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "1")]);
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "600")]);
     let witness = Witness::start(&server);
     let before = Vitals::of(&server);
-    let mut trapped: Vec<TcpStream> = Vec::new();
-    let lines: [&[u8]; 3] = [
+    let lines: [&[u8]; 4] = [
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        b"GET /ping HTTP/2.0\r\n\r\n",
+        b"GET / HTTP/2.0\r\n\r\n",
+        b"GET /ping HTTP/2.0\r\nHost: test\r\n\r\n",
         b"GET /ping HTTP/3.0\r\n\r\n",
     ];
-    for line in lines {
+    let mut sent: Vec<TcpStream> = Vec::new();
+    for number in 0..100 {
         let mut stream = connect(server.addr);
-        send(&mut stream, line);
-        trapped.push(stream);
+        send(&mut stream, lines[number % lines.len()]);
+        sent.push(stream);
     }
-    // Opened later, these run into the timeout later: whoever is left then is left for ever.
-    for mut silent in (0..3).map(|_| connect(server.addr)).collect::<Vec<_>>() {
-        read_to_end(&mut silent);
+    for stream in &mut sent {
+        assert_eq!(fate(stream), Fate::Closed(vec![505]));
     }
-    for stream in &mut trapped {
-        let wait = Some(Duration::from_millis(100));
-        stream.set_read_timeout(wait).unwrap();
-        let nothing = stream.read(&mut [0; 64]);
-        assert!(nothing.is_err(), "answered or closed: {nothing:?}");
-    }
-    trapped.clear();
-    let reached = wait_until(DEADLINE, || {
-        server.descriptors() <= before.descriptors + 2 * lines.len()
-    });
-    assert!(reached, "more is held than the three connections");
-    witness.expect_more();
-    let after = Vitals::of(&server);
-    println!("  before {before:?}, after {after:?}");
-    let held = after.descriptors - before.descriptors;
-    assert_eq!(held, 2 * lines.len(), "two descriptors each");
-    witness.finish("1 HTTP/2.0 request lines");
+    // Whatever these clients do: they are all still there.
+    before.expect_back(&server, SLACK);
+    drop(sent);
+    witness.finish("1 HTTP/2.0 request lines (100)");
 }
 
 // ------------------------------------------------------------------------- 2: those who dawdle
 
-/// 2,000 connections that say nothing, or not all: each has a thread until the timeout.
+/// 2,000 connections that say nothing, or not all. Half a request is answered that it was late; who
+/// has said nothing, or nothing since the last answer, is told nothing either.
 #[test]
 fn idle_and_half_sent_requests_are_closed_while_others_are_served() {
     let _alone = alone();
@@ -559,30 +649,32 @@ fn idle_and_half_sent_requests_are_closed_while_others_are_served() {
     let token = server.token(&["a"]);
     let body = server.submission(&[("a", "b", "c")]);
     let length = format!("Content-Length: {}\r\n", body.len());
+    let expecting = format!("{length}Expect: 100-continue\r\n");
     let long = "Content-Length: 9000\r\n";
     let head = request("GET", &format!("/events?token={token}"), "", b"");
     let parts = [
-        head[..1].to_vec(),
-        head[..head.len() / 2].to_vec(),
-        head[..head.len() - 1].to_vec(),
-        request("POST", "/submit", &length, &body.as_bytes()[..9]),
-        request("POST", "/submit", long, &[b'A'; 8000]),
-        request(
-            "POST",
-            "/submit",
-            "Transfer-Encoding: chunked\r\n",
-            b"5\r\nab",
+        (head[..1].to_vec(), vec![408]),
+        (head[..head.len() / 2].to_vec(), vec![408]),
+        (head[..head.len() - 1].to_vec(), vec![408]),
+        (
+            request("POST", "/submit", &length, &body.as_bytes()[..9]),
+            vec![408],
         ),
-        // Answered, and then silent.
-        request("GET", "/ping", "", b""),
+        (request("POST", "/submit", long, &[b'A'; 8000]), vec![408]),
+        (request("POST", "/submit", &expecting, b""), vec![100, 408]),
+        (request("GET", "/ping", "", b""), vec![200]),
+        (b"\r\n".to_vec(), vec![]),
     ];
-    let mut idle: Vec<TcpStream> = Vec::new();
+    let mut idle: Vec<(TcpStream, &[u16])> = Vec::new();
     for number in 0..2000 {
         let mut stream = connect(server.addr);
+        let (part, statuses) = &parts[number / 2 % parts.len()];
         if number % 2 == 0 {
-            send(&mut stream, &parts[number / 2 % parts.len()]);
+            send(&mut stream, part);
+            idle.push((stream, statuses));
+        } else {
+            idle.push((stream, &[]));
         }
-        idle.push(stream);
     }
     // If the first have gone already, the machine is too slow for a comparison, not for the test.
     let during = Vitals::of(&server);
@@ -590,59 +682,298 @@ fn idle_and_half_sent_requests_are_closed_while_others_are_served() {
     server.publish(&[("a", "b", "c")]).ok();
     witness.expect_more();
     println!("  with all of them: {during:?}");
-    for mut stream in idle {
-        read_to_end(&mut stream);
+    for (mut stream, statuses) in idle {
+        assert_eq!(fate(&mut stream), Fate::Closed(statuses.to_vec()));
     }
     before.expect_back(&server, 2 * SLACK);
     witness.finish("2 idle and half sent (2000)");
 }
 
-/// A byte now and then never lets the timeout fire. The library reads a head, and a body of up to
-/// 1,024 bytes, without any deadline for the whole: so this costs a thread for as long as it
-/// lasts, within the limit of connections, and nothing beyond that.
+/// A byte now and then never let a timeout fire that is for the next byte: 2,000 of 2,000 such
+/// connections were held for as long as they dripped. The deadline is for the whole.
 #[test]
-fn dripping_requests_cost_their_own_connections_alone() {
+fn dripping_requests_end_within_the_read_timeout() {
+    let length = "Content-Length: 9000\r\n";
+    let expecting = format!("{length}Expect: 100-continue\r\n");
+    let starts = [
+        (request("GET", "/ping", "", b"")[..8].to_vec(), vec![408]),
+        (b"GET /ping HTTP/1.1\r\nX: ".to_vec(), vec![408]),
+        (
+            request("POST", "/submit", "Content-Length: 1000\r\n", b"A"),
+            vec![408],
+        ),
+        (request("POST", "/submit", length, b"A"), vec![408]),
+        (request("POST", "/nothing", length, b"A"), vec![408]),
+        (request("POST", "/submit", &expecting, b""), vec![100, 408]),
+    ];
+    expect_drips_end("2 dripping (240)", &starts, b"A");
+}
+
+/// A CRLF in front of a request is skipped, and no first byte of one; so it wins no time either.
+#[test]
+fn dripping_line_ends_end_within_the_read_timeout() {
+    let ping = request("GET", "/ping", "", b"");
+    let starts = [(b"\r\n".to_vec(), vec![]), (ping, vec![200])];
+    expect_drips_end("2 dripping line ends (240)", &starts, b"\r\n");
+}
+
+/// Begins 240 requests and goes on with these bytes, five times a second, until all have been
+/// ended with these statuses.
+#[track_caller]
+fn expect_drips_end(row: &str, starts: &[(Vec<u8>, Vec<u16>)], drip: &[u8]) {
     let _alone = alone();
-    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "1")]);
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "2")]);
     let witness = Witness::start(&server);
     let before = Vitals::of(&server);
-    let length = "Content-Length: 9000\r\n";
-    let starts = [
-        request("GET", "/ping", "", b"")[..8].to_vec(),
-        request("POST", "/submit", "Content-Length: 1000\r\n", b"A"),
-        request("POST", "/submit", length, b"A"),
-        request("POST", "/nothing", length, b"A"),
-        request(
-            "POST",
-            "/submit",
-            "Transfer-Encoding: chunked\r\n",
-            b"1000\r\nA",
-        ),
-    ];
     let mut drippers: Vec<TcpStream> = Vec::new();
-    for number in 0..200 {
+    for number in 0..240 {
         let mut stream = connect(server.addr);
-        send(&mut stream, &starts[number % starts.len()]);
+        send(&mut stream, &starts[number % starts.len()].0);
         drippers.push(stream);
     }
     let begun = Instant::now();
-    // Three times the timeout.
-    while begun.elapsed() < Duration::from_secs(3) {
-        for stream in &mut drippers {
-            let _ = stream.write_all(b"A");
-        }
+    let mut left: Vec<_> = drippers.iter_mut().enumerate().collect();
+    while !left.is_empty() {
+        // Nothing but the server ends them: they would drip for ever.
+        let late = begun.elapsed() > DEADLINE;
+        assert!(!late, "{} of 240 still drip", left.len());
+        left.retain_mut(|(number, stream)| {
+            if send(stream, drip) {
+                return true;
+            }
+            let statuses = &starts[*number % starts.len()].1;
+            assert_eq!(fate(stream), Fate::Closed(statuses.clone()), "{number}");
+            false
+        });
         witness.expect_more();
         thread::sleep(Duration::from_millis(200));
     }
-    assert_eq!(server.get("/ping").status, 200);
-    let during = Vitals::of(&server);
-    let threads = during.threads.saturating_sub(before.threads);
-    println!("  {threads} of 200 held a thread in the end: {during:?}");
-    for mut stream in drippers {
-        read_to_end(&mut stream);
+    println!("  {row}: all ended after {:.1?}", begun.elapsed());
+    before.expect_back(&server, SLACK);
+    witness.finish(row);
+}
+
+/// The operator's address is served by the same threads: whoever reaches it and dawdles is no more
+/// welcome there, and costs no publisher anything.
+#[test]
+fn those_who_dawdle_on_the_metrics_address_are_ended_too() {
+    let _alone = alone();
+    let settings = [
+        ("SSE_READ_TIMEOUT", "2"),
+        ("SSE_METRICS_LISTEN", "127.0.0.1:0"),
+    ];
+    let server = TestServer::start(&settings);
+    let witness = Witness::start(&server);
+    let before = Vitals::of(&server);
+    let metrics = server.metrics.unwrap();
+    let long = "Content-Length: 9000\r\n";
+    let starts = [
+        (Vec::new(), vec![]),
+        (b"GET /metrics HTTP/1.1\r\nX: ".to_vec(), vec![408]),
+        (request("GET", "/metrics", long, b""), vec![408]),
+        (b"GET /metrics HTTP/2.0\r\n".to_vec(), vec![505]),
+        (request("GET", "/metrics", "", b""), vec![200]),
+    ];
+    let mut sent = Vec::new();
+    for number in 0..200 {
+        let (bytes, statuses) = &starts[number % starts.len()];
+        let mut stream = connect(metrics);
+        send(&mut stream, bytes);
+        sent.push((stream, statuses));
+    }
+    assert!(server.metrics_text().contains("sse_events_total"));
+    for (mut stream, statuses) in sent {
+        assert_eq!(fate(&mut stream), Fate::Closed(statuses.clone()));
     }
     before.expect_back(&server, SLACK);
-    witness.finish("2 dripping (200)");
+    witness.finish("2 dawdling at the metrics (200)");
+}
+
+/// A publisher that posts about as often as the read timeout took the `400` that nobody had asked
+/// for as the answer to its next submission: 3 of 360 were lost. An idle connection is closed
+/// without a word, and whoever was about to post sees that nothing was answered, and posts again.
+#[test]
+fn a_publisher_that_pauses_for_the_read_timeout_loses_nothing() {
+    const PUBLISHERS: usize = 40;
+    const POSTS: usize = 10;
+    let _alone = alone();
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "1"), ("SSE_QUEUE", "1000")]);
+    let mut stream = server.subscribe(&["paced"]);
+    let publishers: Vec<_> = (0..PUBLISHERS)
+        .map(|publisher| {
+            let (addr, secret) = (server.addr, server.secret.clone());
+            in_background(move || {
+                let (mut connection, mut again) = (Connection::open(addr), 0);
+                let mut dice = Dice::seeded(publisher as u64);
+                for post in 0..POSTS {
+                    let data = format!("{publisher} {post}");
+                    let payload = events_payload(&[("paced", "", &data)]);
+                    let body = mint(&secret, &payload, now());
+                    let length = format!("Content-Length: {}\r\n", body.len());
+                    let bytes = request("POST", "/submit", &length, body.as_bytes());
+                    // Whatever comes is taken for the answer, as every client takes it.
+                    let answers = |on: &Connection| matches!(on.socket().peek(&mut [0]), Ok(1));
+                    if !connection.try_send(&bytes) || !answers(&connection) {
+                        again += 1;
+                        connection = Connection::open(addr);
+                        connection.send(&bytes);
+                    }
+                    Submitted::from(connection.answer()).ok();
+                    thread::sleep(Duration::from_millis(980 + dice.below(40) as u64));
+                }
+                again
+            })
+        })
+        .collect();
+    let mut heard = BTreeSet::new();
+    for _ in 0..PUBLISHERS * POSTS {
+        let data = stream.message().data;
+        assert!(heard.insert(data.clone()), "twice: {data}");
+    }
+    let again = publishers.into_iter().map(|it| it.join().unwrap());
+    let again: usize = again.sum();
+    println!("  {again} of {} posted again", PUBLISHERS * POSTS);
+}
+
+/// The same, looked at from close by: a connection that was idle for too long ends, and no byte
+/// comes before the end, whatever it was used for.
+#[test]
+fn an_idle_connection_is_closed_in_silence() {
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "3")]);
+    let body = server.submission(&[("a", "b", "c")]);
+    let length = format!("Content-Length: {}\r\n", body.len());
+    let requests = [
+        Vec::new(),
+        request("GET", "/ping", "", b""),
+        request("GET", "/nothing", "", b""),
+        request("POST", "/submit", &length, body.as_bytes()),
+        request("POST", "/submit", "Content-Length: 3\r\n", b"abc"),
+        request("OPTIONS", "*", "", b""),
+    ];
+    let mut idle = Vec::new();
+    for bytes in &requests {
+        let mut connection = server.connect();
+        if !bytes.is_empty() {
+            connection.send(bytes);
+            let answer = connection.answer();
+            assert_eq!(answer.header("Connection"), None, "it says that it ends");
+        }
+        idle.push(connection);
+    }
+    for mut connection in idle {
+        connection.expect_closed();
+    }
+}
+
+/// A client that reuses a connection that its server is about to close meets a broken pipe; so
+/// every answer says whether it is the last, and keeps its word.
+#[test]
+fn answers_that_end_their_connection_say_so_and_no_others() {
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "600")]);
+    let hasty = TestServer::start(&[("SSE_READ_TIMEOUT", "1")]);
+    let body = server.submission(&[("a", "b", "c")]);
+    let length = format!("Content-Length: {}\r\n", body.len());
+    let close = "Connection: keep-alive, Close\r\n";
+    let old = |bytes: &[u8]| {
+        let text = String::from_utf8(bytes.to_vec()).unwrap();
+        text.replace("HTTP/1.1", "HTTP/1.0").into_bytes()
+    };
+    let ping = request("GET", "/ping", "", b"");
+    let submit = request("POST", "/submit", &length, body.as_bytes());
+    let ends = [
+        (200, request("GET", "/ping", close, b"")),
+        (404, request("GET", "/nothing", close, b"")),
+        (200, old(&ping)),
+        (200, old(&submit)),
+        (400, request("GET", "/ping", "wrong\r\n", b"")),
+        (408, ping[..9].to_vec()),
+        (
+            411,
+            request("GET", "/ping", "Transfer-Encoding: chunked\r\n", b""),
+        ),
+        (
+            413,
+            request("POST", "/submit", "Content-Length: 16385\r\n", b""),
+        ),
+        (
+            404,
+            request("POST", "/nothing", "Content-Length: 16385\r\n", b""),
+        ),
+        (414, vec![b'A'; 9000]),
+        (431, request("GET", "/ping", &"X: y\r\n".repeat(2000), b"")),
+        (505, b"GET / HTTP/2.0\r\n\r\n".to_vec()),
+    ];
+    for (status, bytes) in ends {
+        let server = if status == 408 { &hasty } else { &server };
+        let mut connection = server.connect();
+        connection.try_send(&bytes);
+        let answer = connection.answer();
+        let told = (answer.status, answer.header("Connection"));
+        assert_eq!(told, (status, Some("close")), "{}", answer.text());
+        connection.expect_closed();
+    }
+    let goes_on = [
+        (200, ping),
+        (200, submit),
+        (
+            401,
+            request("POST", "/submit", "Content-Length: 0\r\n", b""),
+        ),
+        (
+            401,
+            request("POST", "/submit", "Content-Length: 3\r\n", b"abc"),
+        ),
+        (401, request("GET", "/events?token=abc", "", b"")),
+        (
+            404,
+            request("POST", "/nothing", "Content-Length: 3\r\n", b"abc"),
+        ),
+        (
+            405,
+            request("PUT", "/submit", "Content-Length: 3\r\n", b"abc"),
+        ),
+        (204, request("OPTIONS", "/submit", "", b"")),
+        (
+            200,
+            request("GET", "/ping", "Connection: keep-alive\r\n", b""),
+        ),
+    ];
+    let mut connection = server.connect();
+    for (status, bytes) in goes_on {
+        connection.send(&bytes);
+        let answer = connection.answer();
+        let told = (answer.status, answer.header("Connection"));
+        assert_eq!(told, (status, None), "{}", answer.text());
+    }
+}
+
+/// Any page of a host can set `name=José`, and nginx passes it on: no stream could be opened by
+/// that browser any more.
+#[test]
+fn a_browser_whose_fields_hold_other_than_ascii_can_stream() {
+    let server = TestServer::start(&[]);
+    let target = format!("/events?token={}", server.token(&["news"]));
+    let fields: [&[u8]; 4] = [
+        "Cookie: name=Jos\u{e9}; a=\u{8fdb}\r\n".as_bytes(),
+        b"Cookie: name=Jos\xe9\r\n",
+        b"Referer: http://test/caf\xe9?\x80\xff\r\nUser-Agent: \xfe\r\n",
+        b"X-Forwarded-For: \xa0 1.2.3.4\r\n",
+    ];
+    let mut streams: Vec<_> = fields
+        .iter()
+        .map(|fields| {
+            let mut bytes = format!("GET {target} HTTP/1.1\r\nHost: test\r\n").into_bytes();
+            bytes.extend_from_slice(fields);
+            bytes.extend_from_slice(b"Accept: text/event-stream\r\n\r\n");
+            let mut connection = server.connect();
+            connection.send(&bytes);
+            Subscriber::on(connection)
+        })
+        .collect();
+    assert_eq!(server.publish(&[("news", "", "hello")]).ok(), 4);
+    for stream in &mut streams {
+        stream.expect_event("message", "hello");
+    }
 }
 
 // ----------------------------------------------------------------------- 3: bad manners at HTTP
@@ -686,14 +1017,15 @@ fn requests_pipelined_behind_a_stream_are_ignored_and_the_stream_goes_on() {
     witness.finish("3 pipelined behind a stream");
 }
 
-/// Some clients close their sending side once they have sent the request.
+/// Some clients close their sending side once they have sent the request. They are told a few
+/// comments early, to see whether they are still there, and that is all.
 #[test]
 fn half_closed_clients_are_answered_and_their_streams_go_on() {
     let _alone = alone();
-    let settings = [("SSE_READ_TIMEOUT", "1"), ("SSE_HEARTBEAT", "1")];
+    let settings = [("SSE_READ_TIMEOUT", "2"), ("SSE_HEARTBEAT", "1")];
     let server = TestServer::start(&settings);
     let witness = Witness::start(&server);
-    let mut streams = Vec::new();
+    let (mut streams, begun) = (Vec::new(), Instant::now());
     for _ in 0..50 {
         let mut connection = server.connect();
         let target = format!("/events?token={}", server.token(&["half"]));
@@ -707,19 +1039,98 @@ fn half_closed_clients_are_answered_and_their_streams_go_on() {
     connection.send(request("POST", "/submit", &length, body.as_bytes()));
     connection.half_close();
     assert_eq!(Submitted::from(connection.answer()).ok(), 50);
-    // The end of the requests is the end of the connection. (The library says 400 to it.)
-    connection.rest();
+    // The end of the requests is the end of the connection, and nothing to be answered.
+    connection.expect_closed();
     for stream in &mut streams {
         stream.expect_event("message", "one");
-        // Later than both timeouts.
-        while stream.item() != Some(Item::Comment(String::new())) {}
-        while stream.item() != Some(Item::Comment(String::new())) {}
+        // Later than both timeouts; there is a heartbeat each second, or something earlier.
+        while begun.elapsed() < Duration::from_secs(5) {
+            assert_eq!(stream.item(), Some(Item::Comment(String::new())));
+        }
     }
     assert_eq!(server.publish(&[("half", "", "two")]).ok(), 50);
     for stream in &mut streams {
         stream.expect_event("message", "two");
     }
     witness.finish("3 half closed");
+}
+
+/// The early comments are few: a client that is there, and silent, is not written to for ever.
+#[test]
+fn a_half_closed_client_gets_a_few_early_comments_and_then_heartbeats_alone() {
+    let server = TestServer::start(&[("SSE_HEARTBEAT", "600")]);
+    let mut connection = server.connect();
+    let target = format!("/events?token={}", server.token(&["half"]));
+    connection.send(request("GET", &target, "", b""));
+    connection.half_close();
+    let mut stream = Subscriber::on(connection);
+    // It could be told hundreds in this time.
+    thread::sleep(Duration::from_secs(5));
+    assert_eq!(server.publish(&[("half", "", "last")]).ok(), 1);
+    let until_last = std::iter::from_fn(|| match stream.item() {
+        Some(Item::Message(message)) if message.data == "last" => None,
+        item => item,
+    });
+    let comments = until_last.filter(|item| matches!(item, Item::Comment(_)));
+    let comments = comments.count();
+    println!("  {comments} comments, the first of the stream among them");
+    assert!(comments <= 40, "{comments} comments in five seconds");
+}
+
+/// A page that is closed or reloaded has to make room at once, in whatever way its connection
+/// ended: 60 of 100 pages that reloaded together were turned away for half a minute. No event and
+/// no heartbeat comes to find them out.
+#[test]
+fn clients_that_left_are_noticed_without_an_event_or_a_heartbeat() {
+    const COUNT: usize = 100;
+    let _alone = alone();
+    let settings = [
+        ("SSE_HEARTBEAT", "600"),
+        ("SSE_WRITE_TIMEOUT", "600"),
+        ("SSE_METRICS_LISTEN", "127.0.0.1:0"),
+    ];
+    let server = TestServer::start(&settings);
+    let left = "sse_streams_ended_total{reason=\"left\"}";
+    let mut stays = server.subscribe(&["half"]);
+    let mut half = server.subscribe(&["half"]);
+    half.connection.half_close();
+    let before = Vitals::of(&server);
+    type Leave = fn(Vec<Subscriber>);
+    let ways: [(&str, Leave); 4] = [
+        ("politely", drop),
+        ("with a reset", |streams| {
+            for stream in streams {
+                let socket = SockRef::from(stream.connection.socket());
+                socket.set_linger(Some(Duration::ZERO)).unwrap();
+            }
+        }),
+        ("half closed before", |streams| {
+            for stream in &streams {
+                stream.connection.half_close();
+            }
+            // Some have been seen as such, and then they go.
+            thread::sleep(Duration::from_millis(100));
+        }),
+        ("behind bytes that nobody asked for", |streams| {
+            for mut stream in streams {
+                stream.connection.try_send(vec![b'x'; 48 * 1024]);
+            }
+        }),
+    ];
+    for (round, (way, leave)) in ways.into_iter().enumerate() {
+        let streams: Vec<_> = (0..COUNT).map(|_| server.subscribe(&["gone"])).collect();
+        let gone = Instant::now();
+        leave(streams);
+        server.wait_for_metric("sse_subscribers", 2);
+        println!("  {way}: all noticed after {:.1?}", gone.elapsed());
+        assert_eq!(server.metric(left), (COUNT * (round + 1)) as u64);
+    }
+    before.expect_back(&server, SLACK);
+    assert_eq!(server.publish(&[("half", "", "still here")]).ok(), 2);
+    stays.expect_event("message", "still here");
+    half.expect_event("message", "still here");
+    // Leaving is no warning.
+    assert!(!server.log().contains("stream cut"), "{}", server.log());
 }
 
 /// After each byte of each request, and after each byte of what comes back, with a farewell or
@@ -780,36 +1191,33 @@ fn clients_may_leave_at_every_point_of_the_exchange() {
 
 const BIG: usize = 12_000;
 
-/// Opens streams of a topic that nobody reads.
+/// Opens streams of a topic that nobody reads; every other one speaks HTTP/1.0.
 fn stall(server: &TestServer, topic: &str, count: usize) -> Vec<TcpStream> {
     let target = format!("/events?token={}", server.token(&[topic]));
-    let opened = (0..count).map(|_| {
+    let opened = (0..count).map(|number| {
         let mut stream = connect_narrow(server.addr);
-        send(&mut stream, &request("GET", &target, "", b""));
+        let version = number % 2;
+        let get = format!("GET {target} HTTP/1.{version}\r\nHost: test\r\n\r\n");
+        send(&mut stream, get.as_bytes());
         stream
     });
     opened.collect()
 }
 
-/// What a stalled client finds in its socket at last: whole events, in order, from the first on.
+/// What a stalled client finds in its socket at last: whole events, in order, from the first on,
+/// and nothing that looks like an end.
 #[track_caller]
 fn expect_clean_prefix(stream: TcpStream, published: usize) -> usize {
-    let mut connection = stream;
-    let bytes = read_to_end(&mut connection);
-    let head = bytes.windows(4).position(|part| part == b"\r\n\r\n");
-    let mut parser = Parser::default();
-    let body = bytes.iter().skip(head.expect("a whole head") + 4);
-    let items = body.filter_map(|byte| parser.take(*byte));
+    let mut stream = Subscriber::on(Connection::over(stream));
     let mut received = 0;
-    for item in items {
-        if let Item::Message(message) = item {
-            let number = message.data.trim_start_matches('.');
-            assert_eq!(number.parse(), Ok(received), "not the next event");
-            assert_eq!(message.data.len(), BIG, "not all of it");
-            received += 1;
-        }
+    while let Some(message) = stream.try_message() {
+        let number = message.data.trim_start_matches('.');
+        assert_eq!(number.parse(), Ok(received), "not the next event");
+        assert_eq!(message.data.len(), BIG, "not all of it");
+        received += 1;
     }
     assert!(received < published, "it was cut, so it missed some");
+    assert!(!stream.connection.whole, "it was told that it has all");
     received
 }
 
@@ -839,7 +1247,7 @@ fn stalled_subscribers_are_cut_for_full_queues_and_no_submission_waits() {
     let stalled = stall(&server, "big", 50);
     server.wait_for_metric("sse_subscribers", 51);
 
-    let cut = "sse_subscribers_cut_total{reason=\"queue_full\"}";
+    let cut = "sse_streams_ended_total{reason=\"queue_full\"}";
     let mut connection = server.connect();
     let (mut published, mut worst, mut peak, mut kernel_peak) = (0, Duration::ZERO, 0, 0);
     let begun = Instant::now();
@@ -891,7 +1299,7 @@ fn stalled_subscribers_are_cut_after_the_write_timeout() {
     let before = Vitals::of(&server);
     let stalled = stall(&server, "big", 50);
     server.wait_for_metric("sse_subscribers", 51);
-    let cut = "sse_subscribers_cut_total{reason=\"write_timeout\"}";
+    let cut = "sse_streams_ended_total{reason=\"write_timeout\"}";
     let mut published = 0;
     let begun = Instant::now();
     while server.metric(cut) < 50 {
@@ -913,39 +1321,46 @@ fn stalled_subscribers_are_cut_after_the_write_timeout() {
 
 // ----------------------------------------------------------------------------------- 7: limits
 
-/// All streams taken: then whoever wants one is told so, and publishers do not notice.
+/// All streams taken: then whoever wants one is told so, or, where an answer would end its stream
+/// for good as it does a browser's, is closed. Publishers do not notice.
 #[test]
 fn full_streams_never_starve_publishers_and_a_departure_makes_room() {
     let _alone = alone();
     let settings = [
         ("SSE_MAX_SUBSCRIBERS", "200"),
-        ("SSE_HEARTBEAT", "1"),
+        // Nobody is found gone by a heartbeat.
+        ("SSE_HEARTBEAT", "600"),
         ("SSE_METRICS_LISTEN", "127.0.0.1:0"),
     ];
     let server = TestServer::start(&settings);
     let witness = Witness::start(&server);
     let mut streams: Vec<_> = (0..199).map(|_| server.subscribe(&["full"])).collect();
     let target = format!("/events?token={}", server.token(&["full"]));
-    for round in 0..3 {
+    for round in 1..=3 {
         for _ in 0..100 {
             let refused = server.get(&target);
             assert_eq!(refused.status, 503);
             assert!(refused.header("Retry-After").is_some());
+            let mut browser = server.connect();
+            let accept = "Accept: text/event-stream\r\n";
+            browser.send(request("GET", &target, accept, b""));
+            browser.expect_closed();
         }
+        let turned_away = server.metric("sse_streams_turned_away_total");
+        assert_eq!(turned_away, 100 * round);
         assert_eq!(server.get("/ping").status, 200);
         assert_eq!(server.publish(&[("full", "", "still here")]).ok(), 199);
         // One leaves, politely or not, and nothing is sent to its topic any more.
         let gone = streams.remove(0).connection;
-        if round == 1 {
-            let linger = socket2::SockRef::from(gone.socket()).set_linger(Some(Duration::ZERO));
+        if round == 2 {
+            let linger = SockRef::from(gone.socket()).set_linger(Some(Duration::ZERO));
             linger.unwrap();
         }
         drop(gone);
         let left = Instant::now();
         server.wait_for_metric("sse_subscribers", 199);
-        let noticed = left.elapsed();
+        println!("  room again after {:.1?}", left.elapsed());
         streams.push(server.subscribe(&["full"]));
-        println!("  room again after {noticed:.1?}, at a heartbeat of 1 s");
     }
     for stream in &mut streams[..190] {
         stream.expect_event("message", "still here");
@@ -953,52 +1368,156 @@ fn full_streams_never_starve_publishers_and_a_departure_makes_room() {
     witness.finish("7 subscriber limit");
 }
 
-/// Every thread for requests taken by connections that say nothing: more are closed unanswered,
-/// those that are there are served, and the timeout makes room.
-#[test]
-fn at_the_connection_limit_the_rest_is_closed_until_the_timeout_makes_room() {
-    let _alone = alone();
-    // Less than a fifth of the descriptors is for connections that are no streams.
-    let wrapper = ["prlimit", "--nofile=600:600"];
-    let settings = [
-        ("SSE_READ_TIMEOUT", "4"),
-        ("SSE_METRICS_LISTEN", "127.0.0.1:0"),
-    ];
-    let server = TestServer::start_under(&wrapper, &settings);
-    let witness = Witness::start(&server);
-    let before = Vitals::of(&server);
-    let mut idle: Vec<_> = (0..300).map(|_| connect(server.addr)).collect();
-    let closed = || server.metric("sse_connections_refused_total") > 0;
-    assert!(wait_until(DEADLINE, closed), "no connection refused");
-    witness.expect_more();
+/// How a flood of strangers goes that never ends by itself, at a limit of this server: neither a
+/// publisher's kept connection nor those who come anew notice anything, though each of these needs
+/// the place of a stranger.
+#[track_caller]
+fn flood(row: &str, server: &TestServer, strangers: usize, opened: u64, bytes: &[u8]) {
+    let witness = Witness::start(server);
+    let before = Vitals::of(server);
+    let evicted = "sse_connections_evicted_total";
+    let evicted_before = server.metric(evicted);
     let begun = Instant::now();
-    let mut refused = 0;
-    let served = wait_until(DEADLINE, || {
-        let mut stream = connect(server.addr);
-        send(
-            &mut stream,
-            &request("GET", "/ping", "Connection: close\r\n", b""),
-        );
-        match fate(&mut stream) {
-            Fate::Closed(statuses) if statuses == [200] => true,
-            Fate::Closed(statuses) => {
-                assert_eq!(statuses, [], "unanswered, or answered well");
-                refused += 1;
-                false
-            }
-            Fate::Stream => panic!("a stream without a token"),
-        }
-    });
-    assert!(served, "no room after the timeout");
+    let strangers = Strangers::start(server.addr, strangers, bytes);
+    let full = || server.metric(evicted) > evicted_before;
+    assert!(wait_until(2 * DEADLINE, full), "no connection was closed");
+    let newcomers = Newcomers::start(server, 2);
+    newcomers.expect_more();
+    strangers.expect_opened(opened);
+    newcomers.expect_more();
+    witness.expect_more();
+    let during = Vitals::of(server);
     println!(
-        "  {refused} refused, served again after {:.1?}",
-        begun.elapsed()
+        "  {row}: {} connections opened in {:.1?}, {} evicted; {during:?}",
+        strangers.opened(),
+        begun.elapsed(),
+        server.metric(evicted) - evicted_before
     );
-    assert!(refused > 0, "the limit was not reached");
-    idle.iter_mut().for_each(|stream| drop(read_to_end(stream)));
-    expect_few_lines(&server, begun.elapsed() + Duration::from_secs(4));
-    before.expect_back(&server, SLACK);
-    witness.finish("7 connection limit");
+    newcomers.finish();
+    strangers.finish();
+    before.expect_back(server, 4 * SLACK);
+    witness.finish(row);
+    let log = server.log();
+    assert!(log.contains("connection closed to make room for another"));
+    assert!(!log.contains("internal error"), "{log}");
+    expect_few_lines(server, begun.elapsed());
+}
+
+const FLOODED: [(&str, &str); 2] = [
+    // No timeout makes room: only whoever is closed does.
+    ("SSE_READ_TIMEOUT", "600"),
+    ("SSE_METRICS_LISTEN", "127.0.0.1:0"),
+];
+
+/// 4,094 connections that said nothing shut every publisher out, for as long as they liked.
+#[test]
+fn at_the_connection_limit_those_who_wait_longest_make_room() {
+    let _alone = alone();
+    need_descriptors(20_000);
+    let server = TestServer::start(&FLOODED);
+    flood(
+        "7 silent, 5,000 at 4,096 threads",
+        &server,
+        5000,
+        10_000,
+        b"",
+    );
+}
+
+/// The same where descriptors run out first, as they do at the limits that systems come with.
+#[test]
+fn at_the_descriptor_limit_those_who_wait_longest_make_room() {
+    let _alone = alone();
+    need_descriptors(20_000);
+    for limit in ["--nofile=1024:1024", "--nofile=600:600"] {
+        let server = TestServer::start_under(&["prlimit", limit], &FLOODED);
+        let row = format!("7 silent, 2,000 at {limit}");
+        flood(&row, &server, 2000, 10_000, b"");
+    }
+}
+
+/// Strangers that begin a request, or that have had an answer, are no better than silent ones.
+#[test]
+fn strangers_who_keep_asking_win_no_place() {
+    let _alone = alone();
+    need_descriptors(20_000);
+    let wrapper = ["prlimit", "--nofile=600:600"];
+    let ping = request("GET", "/ping", "", b"");
+    let forged = request("POST", "/submit", "Content-Length: 3\r\n", b"abc");
+    let expecting = "Expect: 100-continue\r\nContent-Length: 3000\r\n";
+    let expecting = request("POST", "/submit", expecting, b"");
+    let left = request("GET", "/ping", "Connection: close\r\n", b"");
+    let cases: [(&str, &[u8]); 5] = [
+        ("ping", &ping),
+        ("ping and come again", &left),
+        ("forged", &forged),
+        ("half a head", b"GET /ping HTTP/1.1\r\n"),
+        ("100-continue", &expecting),
+    ];
+    for (case, bytes) in cases {
+        let server = TestServer::start_under(&wrapper, &FLOODED);
+        flood(&format!("7 strangers: {case}"), &server, 1000, 5000, bytes);
+    }
+}
+
+/// Who is answered is not evicted, however long the answer takes: what takes longest is to open a
+/// long submission, and it is the oldest connection that never was authentic.
+#[test]
+fn a_request_that_is_being_answered_is_never_evicted() {
+    let _alone = alone();
+    need_descriptors(20_000);
+    let settings = [&FLOODED[..], &[("SSE_MAX_BODY", "65536")]].concat();
+    let server = TestServer::start_under(&["prlimit", "--nofile=600:600"], &settings);
+    let data = "x".repeat(48_000);
+    let evicted = || server.metric("sse_connections_evicted_total");
+    let (mut rounds, mut seen) = (0, 0);
+    // On a machine that is busy with other things the answer may come first: then once more.
+    while seen == 0 && rounds < 20 {
+        let body = server.submission(&[("long", "", &data)]);
+        let length = format!("Content-Length: {}\r\n", body.len());
+        let mut connection = server.connect();
+        connection.send(request("POST", "/submit", &length, body.as_bytes()));
+        assert!(wait_until(DEADLINE, || is_read(&connection)), "not read");
+        let before = evicted();
+        let mut silent = Vec::new();
+        while evicted() < before + 100 {
+            silent.extend((0..100).map(|_| connect(server.addr)));
+        }
+        let socket = connection.socket();
+        socket.set_nonblocking(true).unwrap();
+        let waiting = socket.peek(&mut [0]).is_err();
+        socket.set_nonblocking(false).unwrap();
+        seen += usize::from(waiting);
+        assert_eq!(Submitted::from(connection.answer()).ok(), 0);
+        rounds += 1;
+    }
+    println!("  {seen} of {rounds} answers came after hundreds of evictions");
+    assert!(seen > 0, "no answer took longer than the evictions");
+}
+
+/// To see that a long token is forged takes the server 15 ms, one after the other: whoever waits for
+/// that may not keep a place from a publisher.
+#[test]
+fn strangers_with_long_forged_tokens_win_no_place() {
+    let _alone = alone();
+    need_descriptors(20_000);
+    let mut dice = Dice::new(0xf0);
+    let body = dice.base62(16_384);
+    let length = "Content-Length: 16384\r\n";
+    let submission = request("POST", "/submit", length, body.as_bytes());
+    let target = format!("/events?token={}", dice.base62(4096));
+    let subscription = request("GET", &target, "", b"");
+    for (case, bytes) in [("submissions", submission), ("subscriptions", subscription)] {
+        let wrapper = ["prlimit", "--nofile=600:600"];
+        let server = TestServer::start_under(&wrapper, &FLOODED);
+        flood(
+            &format!("7 long forged {case}"),
+            &server,
+            1000,
+            3000,
+            &bytes,
+        );
+    }
 }
 
 // ------------------------------------------------------------------------- 8: costly forgeries
@@ -1059,46 +1578,39 @@ fn a_flood_of_the_longest_garbage_tokens_delays_no_submission_for_long() {
 }
 
 /// An answer that does not fit the socket any more is lost with its connection: the next one may
-/// not follow half of it, where the client would take it for the lost one.
+/// not follow half of it, where the client would take it for the lost one. Nor may a million of
+/// answers that nobody takes hold their connection for longer than a request may take.
 #[test]
 fn answers_that_a_client_does_not_take_end_its_connection() {
     let _alone = alone();
-    let server = TestServer::start(&[]);
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "2")]);
     let witness = Witness::start(&server);
-    let mut stream = connect_narrow(server.addr);
+    let before = Vitals::of(&server);
     let pings = request("GET", "/ping", "", b"").repeat(1000);
-    let closed = (0..1000).any(|_| !send(&mut stream, &pings));
-    assert!(closed, "a million answers went somewhere");
-    let bytes = read_to_end(&mut stream);
-    let text = String::from_utf8_lossy(&bytes);
-    let answers: Vec<_> = text.split("HTTP/1.1 200 OK\r\n").skip(1).collect();
-    let (_cut_short, whole) = answers.split_last().expect("answers");
-    assert!(!whole.is_empty());
-    for answer in whole {
-        assert!(answer.ends_with("\r\n\r\nok\n"), "{answer}");
+    let senders: Vec<_> = (0..10)
+        .map(|_| {
+            let (mut stream, pings) = (connect_narrow(server.addr), pings.clone());
+            in_background(move || {
+                let closed = wait_until(DEADLINE, || !send(&mut stream, &pings));
+                assert!(closed, "all answers went somewhere");
+                stream
+            })
+        })
+        .collect();
+    let streams: Vec<_> = senders.into_iter().map(|it| it.join().unwrap()).collect();
+    // Nobody has read a byte, and nobody has left.
+    before.expect_back(&server, SLACK);
+    for mut stream in streams {
+        let bytes = read_to_end(&mut stream);
+        let text = String::from_utf8_lossy(&bytes);
+        let answers: Vec<_> = text.split("HTTP/1.1 200 OK\r\n").skip(1).collect();
+        let (_cut_short, whole) = answers.split_last().expect("answers");
+        assert!(!whole.is_empty());
+        for answer in whole {
+            assert!(answer.ends_with("\r\n\r\nok\n"), "{answer}");
+        }
     }
     witness.finish("3 answers not taken");
-}
-
-/// A log whose reader died is no reason to end, or to answer nobody.
-#[test]
-fn nobody_needs_to_read_the_log() {
-    let mut command = binary(&[("SSE_LISTEN", "127.0.0.1:0")]);
-    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-    let mut log = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    log.read_line(&mut line).unwrap();
-    let (_, rest) = line.split_once("listening on ").expect("a start line");
-    let addr = rest.split(',').next().unwrap().parse().unwrap();
-    drop(log);
-    for _ in 0..3 {
-        let mut stream = connect(addr);
-        send(&mut stream, &request("GET", "/nowhere", "", b""));
-        assert_eq!(fate(&mut stream), Fate::Closed(vec![404]));
-    }
-    kill(child.id(), "TERM");
-    assert!(wait_until(DEADLINE, || child.try_wait().unwrap().is_some()));
-    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 /// A queue has room for SSE_QUEUE events also at the moment when a heartbeat is due.
@@ -1174,8 +1686,8 @@ fn twenty_thousand_connections_come_and_go_and_leave_nothing_behind() {
                 let host = Ipv4Addr::new(127, 0, 1, number as u8 + 1);
                 in_background(move || {
                     for cycle in 0..cycles / 4 {
-                        // Where the departed, noticed at their second heartbeat, still take
-                        // all places, a client is told to try later.
+                        // Where the departed, noticed a second later, still take all places, a
+                        // client is told to try later.
                         let stream = loop {
                             let mut stream = connect_from(host, addr);
                             send(&mut stream, &request("GET", &target, "", b""));
@@ -1279,19 +1791,16 @@ fn five_thousand_clients_that_reconnect_at_once_all_stream() {
         assert_eq!(all, COUNT as u64);
         for stream in &mut streams {
             let mut bytes = Vec::new();
-            while !bytes.ends_with(b"who is there?\n\n") {
+            while !bytes.ends_with(b"who is there?\n\n\r\n") {
                 let mut buffer = [0; 512];
                 let size = stream.read(&mut buffer).expect("the event");
                 assert!(size > 0, "closed");
                 bytes.extend_from_slice(&buffer[..size]);
             }
         }
-        // All leave, and the next event tells the server so.
+        // All leave, and nothing is sent to them any more.
         drop(streams);
-        let left = || {
-            server.publish(&[("storm", "", "still there?")]).ok();
-            server.metric("sse_subscribers") == 1
-        };
+        let left = || server.metric("sse_subscribers") == 1;
         assert!(wait_until(2 * DEADLINE, left), "not noticed");
     }
     before.expect_back(&server, 8 * SLACK);
@@ -1323,7 +1832,8 @@ impl Nginx {
         let free = TcpListener::bind("127.0.0.1:0").unwrap();
         let addr = free.local_addr().unwrap();
         drop(free);
-        let home = std::env::temp_dir().join(format!("sse-nginx-{}", std::process::id()));
+        let home = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let home = home.join(format!("storm-{}", std::process::id()));
         std::fs::create_dir_all(&home).unwrap();
         let settings = format!(
             "load_module {NCHAN};\n\

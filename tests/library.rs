@@ -4,11 +4,11 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::io;
 use std::marker::PhantomData;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
 
 use sse_server::{Config, Event, Key, Server};
 use support::*;
@@ -19,7 +19,7 @@ const OTHER_SECRET: &str = "0101010101010101010101010101010101010101010101010101
 struct Embedded {
     server: Arc<Server>,
     addr: SocketAddr,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<io::Result<()>>>,
 }
 
 fn key(secret: &str) -> Key {
@@ -65,7 +65,8 @@ impl Embedded {
         if let Some(thread) = self.thread.take() {
             let ended = wait_until(DEADLINE, || thread.is_finished());
             assert!(ended, "run() has not returned");
-            thread.join().expect("run() has not panicked");
+            let result = thread.join().expect("run() has not panicked");
+            result.expect("run() had all it needed");
         }
     }
 }
@@ -191,11 +192,55 @@ fn an_event_published_in_process_reaches_a_client() {
     assert_eq!((receipt.events, receipt.deliveries), (2, 1));
     sub.expect_event("update", "a\nb");
     embedded.stop();
-    assert!(matches!(
-        sub.item(),
-        Some(Item::Comment(_) | Item::Retry(_))
-    ));
+    // Its farewell, and an end that can be told from a break.
+    assert!(matches!(sub.item(), Some(Item::Retry(_))));
     sub.expect_end();
+    assert!(sub.connection.whole);
+}
+
+/// A batch that no queue can hold could only cut its own listeners: it is refused whole, and
+/// whoever listens neither loses its stream nor hears a part of it.
+#[test]
+fn more_events_than_a_queue_holds_are_refused_and_nothing_is_delivered() {
+    let key = key(SECRET);
+    let embedded = Embedded::start(Config {
+        queue: 3,
+        ..config(SECRET)
+    });
+    let mut sub = embedded.subscribe(&key, &["news"]);
+    let batch = |size| vec![event("news", "batch", ""); size];
+    let refusal = embedded.server.publish(&batch(4)).unwrap_err();
+    assert_eq!(refusal.status, 413, "{refusal}");
+    assert!(refusal.to_string().contains("SSE_QUEUE"), "{refusal}");
+    // Whoever listens, and how many, makes no difference: a backend learns it at its first try.
+    let unheard = vec![event("nobody", "", ""); 4];
+    assert_eq!(embedded.server.publish(&unheard).unwrap_err().status, 413);
+    for _ in 0..10 {
+        let receipt = embedded.server.publish(&batch(3)).unwrap();
+        assert_eq!((receipt.events, receipt.deliveries), (3, 3));
+    }
+    embedded
+        .server
+        .publish(&[event("news", "end", "")])
+        .unwrap();
+    for _ in 0..30 {
+        sub.expect_event("batch", "");
+    }
+    sub.expect_event("end", "");
+}
+
+/// Nobody may believe that a server which has ended took its event, or find room for a stream.
+#[test]
+fn a_kept_connection_gets_nothing_after_run_has_returned() {
+    let mut embedded = Embedded::start(config(SECRET));
+    let mut connection = Connection::open(embedded.addr);
+    connection.send(request("GET", "/ping", "", b""));
+    assert_eq!(connection.answer().status, 200);
+    embedded.stop();
+    let body = mint(SECRET, &events_payload(&[("news", "", "")]), now());
+    let length = format!("Content-Length: {}\r\n", body.len());
+    connection.try_send(request("POST", "/submit", &length, body.as_bytes()));
+    assert!(connection.try_head().is_none(), "an answer after the end");
 }
 
 /// A program that waits for its server to end must not wait for ever, and may start it again.
@@ -384,20 +429,18 @@ fn publishing_in_process_and_over_http_keeps_one_order() {
 #[test]
 fn publishing_never_waits_for_a_subscriber() {
     let key = key(SECRET);
-    let embedded = Embedded::start(config(SECRET));
+    // No timeout that a wait for the client could end with comes before the test's own.
+    let embedded = Embedded::start(Config {
+        write_timeout: 600,
+        ..config(SECRET)
+    });
     let stalled = embedded.subscribe(&key, &["news"]);
     let frame = [event("news", "", &"x".repeat(9000))];
-    let start = Instant::now();
-    let cut = wait_until(DEADLINE, || {
-        (0..100).any(|_| embedded.server.publish(&frame).unwrap().deliveries == 0)
-    });
-    assert!(cut, "nobody was cut");
-    // Before any timeout that a wait for the client could have ended with.
-    assert!(
-        start.elapsed() < Duration::from_secs(9),
-        "{:?}",
-        start.elapsed()
-    );
+    let server = embedded.server.clone();
+    let publisher = in_background(move || while server.publish(&frame).unwrap().deliveries > 0 {});
+    let cut = wait_until(DEADLINE, || publisher.is_finished());
+    assert!(cut, "nobody was cut, or somebody waited for");
+    publisher.join().unwrap();
     drop(stalled);
 }
 

@@ -70,9 +70,45 @@ fn publisher(own: usize, addr: SocketAddr, board: &Board, stop: &AtomicBool) -> 
     (events, worst)
 }
 
+/// Takes the chunks of an answer apart, byte by byte: a read may end anywhere.
+#[derive(Default)]
+struct Chunks {
+    /// The line of a chunk's size, as far as it has come.
+    line: Vec<u8>,
+    /// Bytes of this chunk that are still to come, with the line end behind them.
+    left: usize,
+}
+
+impl Chunks {
+    /// Takes a byte; gives it back where it is a part of what was sent in chunks.
+    #[track_caller]
+    fn take(&mut self, byte: u8) -> Option<u8> {
+        if self.left > 0 {
+            self.left -= 1;
+            match self.left {
+                0 => assert_eq!(byte, b'\n', "the end of a chunk"),
+                1 => assert_eq!(byte, b'\r', "the end of a chunk"),
+                _ => return Some(byte),
+            }
+            return None;
+        }
+        self.line.push(byte);
+        if let Some(digits) = self.line.strip_suffix(b"\r\n") {
+            let digits = std::str::from_utf8(digits).expect("a chunk's size");
+            let size = usize::from_str_radix(digits, 16).expect("a chunk's size");
+            assert!(size > 0, "the last chunk of a good stream");
+            self.left = size + 2;
+            self.line.clear();
+        }
+        None
+    }
+}
+
 /// One stream's reader, which checks every event as it comes.
 struct Reader {
     stream: TcpStream,
+    /// Nothing to a client of HTTP/1.0.
+    chunks: Option<Chunks>,
     parser: Parser,
     /// By topic: the last number seen, or the last that had been begun when the head had come.
     last: BTreeMap<usize, u64>,
@@ -83,13 +119,14 @@ struct Reader {
 }
 
 impl Reader {
-    fn open(addr: SocketAddr, topics: &[usize], board: &Board) -> Self {
+    fn open(addr: SocketAddr, topics: &[usize], board: &Board, old: bool) -> Self {
         let names: Vec<_> = topics.iter().map(|it| topic(*it)).collect();
         let names: Vec<_> = names.iter().map(String::as_str).collect();
         let token = mint(SECRET, &topics_payload(&names), now());
         let mut stream = connect(addr);
-        let target = format!("/events?token={token}");
-        assert!(send(&mut stream, &request("GET", &target, "", b"")));
+        let version = if old { "HTTP/1.0" } else { "HTTP/1.1" };
+        let request = format!("GET /events?token={token} {version}\r\nHost: test\r\n\r\n");
+        assert!(send(&mut stream, request.as_bytes()));
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             let mut byte = [0];
@@ -101,6 +138,7 @@ impl Reader {
         let begun = |it: &usize| (*it, board[*it].begun.load(SeqCst));
         let mut reader = Self {
             stream,
+            chunks: (!old).then(Chunks::default),
             parser: Parser::default(),
             last: topics.iter().map(begun).collect(),
             first_seen: topics.iter().map(|it| (*it, false)).collect(),
@@ -122,7 +160,12 @@ impl Reader {
             Ok(0) => return false,
             Ok(size) => {
                 for byte in &buffer[..size] {
-                    if let Some(Item::Message(message)) = self.parser.take(*byte) {
+                    let byte = match &mut self.chunks {
+                        Some(chunks) => chunks.take(*byte),
+                        None => Some(*byte),
+                    };
+                    let item = byte.and_then(|byte| self.parser.take(byte));
+                    if let Some(Item::Message(message)) = item {
                         self.check(&message.data);
                     }
                 }
@@ -167,7 +210,7 @@ fn guest(seed: u64, addr: SocketAddr, board: &Board, stop: &AtomicBool) -> (u64,
     while !stop.load(SeqCst) {
         let from = dice.below(TOPICS);
         let topics: Vec<_> = (from..TOPICS.min(from + 1 + dice.below(4))).collect();
-        let mut reader = Reader::open(addr, &topics, board);
+        let mut reader = Reader::open(addr, &topics, board, dice.below(4) == 0);
         let stay = Duration::from_millis(dice.below(8000) as u64);
         let opened = Instant::now();
         while opened.elapsed() < stay && !stop.load(SeqCst) {
@@ -222,7 +265,7 @@ fn streams_stay_whole_and_nothing_grows_in_a_long_run() {
 
     let all: Vec<_> = (0..TOPICS).collect();
     let readers: Vec<_> = (0..RESIDENTS)
-        .map(|_| Reader::open(addr, &all, &board))
+        .map(|number| Reader::open(addr, &all, &board, number == 0))
         .collect();
     let gone = Arc::new(AtomicUsize::new(0));
     let residents: Vec<_> = readers

@@ -3,7 +3,7 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::{collections::BTreeMap, env, error::Error};
+use std::{collections::BTreeMap, env, error::Error, process};
 use std::{sync::Arc, sync::Mutex, thread, time::Duration};
 
 use sse_server::{Config, Event, Key, Server};
@@ -34,7 +34,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     println!("Open http://{}/", pages.local_addr()?);
     thread::scope(|scope| {
-        scope.spawn(|| tool.push.run());
+        scope.spawn(|| {
+            if let Err(error) = tool.push.run() {
+                eprintln!("cannot serve events: {error}");
+                process::exit(1);
+            }
+        });
         // A thread for each: browsers also open connections on which they send nothing yet.
         for stream in pages.incoming().flatten() {
             scope.spawn(move || tool.answer(&stream));

@@ -323,9 +323,192 @@ fn statuses(bytes: &[u8]) -> Vec<u16> {
         .collect()
 }
 
+/// Whether the server has read all that was sent to it on this connection so far.
+pub fn is_read(connection: &Connection) -> bool {
+    let (near, far) = (
+        connection.socket().local_addr(),
+        connection.socket().peer_addr(),
+    );
+    let (client, server) = (near.unwrap().port(), far.unwrap().port());
+    let ends = [format!(":{server:04X}"), format!(":{client:04X}")];
+    let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    sockets.lines().any(|line| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let [_, local, remote, _, queues, ..] = words[..] else {
+            return false;
+        };
+        let ours = local.ends_with(&ends[0]) && remote.ends_with(&ends[1]);
+        ours && queues.ends_with(":00000000")
+    })
+}
+
 /// Sends what the server takes. It may well close before it has read all.
 pub fn send(stream: &mut TcpStream, bytes: &[u8]) -> bool {
     stream.write_all(bytes).is_ok()
+}
+
+// -------------------------------------------------------------------------- newcomers, strangers
+
+/// Publishers that open a connection for each submission, as cron jobs do. However many strangers
+/// there are, each one must be answered 200.
+pub struct Newcomers {
+    stop: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
+    threads: Vec<JoinHandle<Duration>>,
+}
+
+impl Newcomers {
+    /// This many of them at a time.
+    pub fn start(server: &TestServer, count: usize) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let answered = Arc::new(AtomicU64::new(0));
+        let threads = (0..count).map(|_| {
+            let (stop, answered) = (stop.clone(), answered.clone());
+            let (addr, secret) = (server.addr, server.secret.clone());
+            in_background(move || {
+                let mut worst = Duration::ZERO;
+                while !stop.load(SeqCst) {
+                    let begun = Instant::now();
+                    let body = mint(&secret, &events_payload(&[("new", "", "one")]), now());
+                    let fields = format!("Connection: close\r\nContent-Length: {}\r\n", body.len());
+                    let mut connection = Connection::open(addr);
+                    connection.send(request("POST", "/submit", &fields, body.as_bytes()));
+                    Submitted::from(connection.answer()).ok();
+                    worst = worst.max(begun.elapsed());
+                    answered.fetch_add(1, SeqCst);
+                    thread::sleep(PACE);
+                }
+                worst
+            })
+        });
+        Self {
+            threads: threads.collect(),
+            stop,
+            answered,
+        }
+    }
+
+    /// Waits until a few more have been answered.
+    #[track_caller]
+    pub fn expect_more(&self) {
+        let goal = self.answered.load(SeqCst) + 3;
+        let failed = || self.threads.iter().any(JoinHandle::is_finished);
+        let came = wait_until(DEADLINE, || self.answered.load(SeqCst) >= goal || failed());
+        assert!(came && !failed(), "a new publisher is not answered");
+    }
+
+    /// Ends them, and fails where one has anything to complain of.
+    #[track_caller]
+    pub fn finish(self) {
+        self.stop.store(true, SeqCst);
+        let told = self.threads.into_iter().map(JoinHandle::join);
+        let worst = told.map(|told| told.unwrap_or_else(|panic| resume_unwind(panic)));
+        let worst = worst.max().unwrap_or_default();
+        let answered = self.answered.load(SeqCst);
+        println!("  {answered} new publishers answered, the slowest after {worst:.1?}");
+    }
+}
+
+/// Strangers that hold as many connections as they can, and open another for each that is closed.
+pub struct Strangers {
+    stop: Arc<AtomicBool>,
+    opened: Arc<AtomicU64>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Strangers {
+    /// `count` connections at once; each sends these bytes, and again for each answer.
+    pub fn start(addr: SocketAddr, count: usize, bytes: &[u8]) -> Self {
+        const THREADS: usize = 4;
+        let stop = Arc::new(AtomicBool::new(false));
+        let opened = Arc::new(AtomicU64::new(0));
+        let threads = (0..THREADS).map(|number| {
+            let (stop, opened, bytes) = (stop.clone(), opened.clone(), bytes.to_vec());
+            // One address has only so many ports.
+            let host = Ipv4Addr::new(127, 0, 2, number as u8 + 1);
+            in_background(move || {
+                let mut held: Vec<_> = (0..count / THREADS).map(|_| None).collect();
+                while !stop.load(SeqCst) {
+                    for place in &mut held {
+                        let gone = place.as_mut().is_none_or(|it| !goes_on(it, &bytes));
+                        if gone && !stop.load(SeqCst) {
+                            // The server may well close it at once.
+                            let mut stream = connect_from(host, addr);
+                            send(&mut stream, &bytes);
+                            stream.set_nonblocking(true).unwrap();
+                            *place = Some(stream);
+                            opened.fetch_add(1, SeqCst);
+                        }
+                    }
+                    // None was gone, perhaps: this is no test of polling.
+                    thread::sleep(Duration::from_micros(100));
+                }
+            })
+        });
+        Self {
+            threads: threads.collect(),
+            stop,
+            opened,
+        }
+    }
+
+    pub fn opened(&self) -> u64 {
+        self.opened.load(SeqCst)
+    }
+
+    /// Waits until they have opened this many.
+    #[track_caller]
+    pub fn expect_opened(&self, count: u64) {
+        let came = wait_until(2 * DEADLINE, || self.opened() >= count);
+        assert!(came, "{} connections opened, not {count}", self.opened());
+    }
+
+    /// They leave.
+    #[track_caller]
+    pub fn finish(self) {
+        self.stop.store(true, SeqCst);
+        let told = self.threads.into_iter().map(JoinHandle::join);
+        told.for_each(|told| told.unwrap_or_else(|panic| resume_unwind(panic)));
+    }
+}
+
+/// Whether a connection that never waits is still there. An answer is a reason to ask again.
+fn goes_on(stream: &mut TcpStream, bytes: &[u8]) -> bool {
+    match stream.read(&mut [0; 4096]) {
+        Ok(0) => false,
+        Ok(_) => send(stream, bytes),
+        Err(error) => error.kind() == ErrorKind::WouldBlock,
+    }
+}
+
+/// Another program that takes all cores for itself, until it is dropped.
+pub struct BusyMachine {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl BusyMachine {
+    pub fn start() -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let cores = thread::available_parallelism().map_or(2, usize::from);
+        let threads = (0..3 * cores).map(|_| {
+            let stop = stop.clone();
+            thread::spawn(move || while !stop.load(SeqCst) {})
+        });
+        Self {
+            threads: threads.collect(),
+            stop,
+        }
+    }
+}
+
+impl Drop for BusyMachine {
+    fn drop(&mut self) {
+        self.stop.store(true, SeqCst);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
 }
 
 // --------------------------------------------------------------------------------- vital signs
@@ -420,6 +603,8 @@ pub fn expect_few_lines(server: &TestServer, during: Duration) {
     let log = server.log();
     let mut counts = BTreeMap::new();
     for line in log.lines().skip(1) {
+        // How often it happened, which grows.
+        let line = line.split(" count=").next().unwrap();
         *counts.entry(line).or_insert(0) += 1;
     }
     println!("  lines in {during:.1?}: {counts:?}");

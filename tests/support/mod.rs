@@ -410,6 +410,10 @@ pub fn request(method: &str, target: &str, fields: &str, body: &[u8]) -> Vec<u8>
 /// A client's connection. Every read and write has a deadline.
 pub struct Connection {
     reader: BufReader<TcpStream>,
+    /// Where the answer being read comes in chunks: how much of this one is still to come.
+    chunk: Option<usize>,
+    /// The last chunk has come: the server ended the answer, it did not break off.
+    pub whole: bool,
 }
 
 #[derive(Debug)]
@@ -428,8 +432,16 @@ impl Connection {
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         stream.set_write_timeout(Some(DEADLINE)).unwrap();
         stream.set_nodelay(true).unwrap();
-        let reader = BufReader::new(stream);
-        Self { reader }
+        Self::over(stream)
+    }
+
+    /// On a socket that is connected, and has its deadlines.
+    pub fn over(stream: TcpStream) -> Self {
+        Self {
+            reader: BufReader::new(stream),
+            chunk: None,
+            whole: false,
+        }
     }
 
     /// The socket itself.
@@ -457,7 +469,7 @@ impl Connection {
     #[track_caller]
     pub fn answer(&mut self) -> Answer {
         let mut answer = self.head();
-        if answer.header("Content-Type") == Some("text/event-stream") {
+        if answer.is_stream() {
             return answer;
         }
         let length = answer.header("Content-Length").map(str::to_string);
@@ -497,24 +509,28 @@ impl Connection {
             let (name, value) = line.split_once(':').expect("a header line");
             fields.push((name.to_string(), value.trim().to_string()));
         }
-        Some(Answer {
+        let answer = Answer {
             version,
             status: status.expect("a status"),
             fields,
             body: Vec::new(),
-        })
+        };
+        if answer.is_stream() && answer.header("Transfer-Encoding") == Some("chunked") {
+            self.chunk = Some(0);
+        }
+        Some(answer)
     }
 
-    /// All that comes until the server closes.
+    /// All that comes until the server closes; of an answer in chunks, what is in them.
     #[track_caller]
     pub fn rest(&mut self) -> Vec<u8> {
         let (mut bytes, end) = (Vec::new(), Instant::now() + DEADLINE);
         let mut buffer = [0; 16 * 1024];
         loop {
-            match self.reader.read(&mut buffer) {
+            match self.try_read(&mut buffer) {
                 Ok(0) => return bytes,
-                Ok(size) => bytes.extend_from_slice(&buffer[..size]),
                 Err(error) if error.kind() == ErrorKind::ConnectionReset => return bytes,
+                Ok(size) => bytes.extend_from_slice(&buffer[..size]),
                 Err(error) => panic!("not closed in time: {error}"),
             }
             assert!(Instant::now() < end, "not closed in time");
@@ -528,21 +544,59 @@ impl Connection {
         assert!(rest.is_empty(), "{:?}", String::from_utf8_lossy(&rest));
     }
 
-    /// Bytes as they come: 0 at the end.
+    /// Bytes as they come, without the chunks around them: 0 at the end.
     #[track_caller]
     pub fn read(&mut self, buffer: &mut [u8]) -> usize {
-        self.reader.read(buffer).expect("bytes in time")
+        self.try_read(buffer).expect("bytes in time")
     }
 
-    /// Bytes up to and with a blank line: one frame of a stream, as it went over the wire.
+    fn try_read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let Some(left) = self.chunk else {
+            return self.reader.read(buffer);
+        };
+        if left > 0 {
+            let most = left.min(buffer.len());
+            let size = self.reader.read(&mut buffer[..most])?;
+            self.chunk = Some(left - size);
+            if left == size {
+                // A stream may break off anywhere.
+                let _end = self.reader.read_exact(&mut [0; 2]);
+            }
+            return Ok(size);
+        }
+        let mut line = Vec::new();
+        self.reader.read_until(b'\n', &mut line)?;
+        if !line.ends_with(b"\r\n") {
+            return Ok(0);
+        }
+        let size = String::from_utf8_lossy(&line[..line.len() - 2]).into_owned();
+        let size = usize::from_str_radix(&size, 16).expect("a chunk's size");
+        self.chunk = Some(size);
+        if size == 0 {
+            self.reader.read_exact(&mut [0; 2])?;
+            self.whole = true;
+            self.chunk = None;
+            assert_eq!(
+                self.reader.read(buffer)?,
+                0,
+                "something follows the last chunk"
+            );
+            return Ok(0);
+        }
+        self.try_read(buffer)
+    }
+
+    /// What is in the next chunk of a stream: one frame, as the server framed it.
     #[track_caller]
     pub fn frame(&mut self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        while !bytes.ends_with(b"\n\n") {
-            let read = self.reader.read_until(b'\n', &mut bytes);
-            assert!(read.expect("bytes in time") > 0, "the stream ended");
+        assert_eq!(self.chunk, Some(0), "not at the beginning of a chunk");
+        let mut buffer = [0; 64 * 1024];
+        let mut size = self.read(&mut buffer);
+        assert!(size > 0, "the stream ended");
+        while self.chunk != Some(0) {
+            size += self.read(&mut buffer[size..]);
         }
-        bytes
+        buffer[..size].to_vec()
     }
 
     #[track_caller]
@@ -586,6 +640,11 @@ impl Answer {
 
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    pub fn is_stream(&self) -> bool {
+        let kind = self.header("Content-Type").unwrap_or_default();
+        kind.starts_with("text/event-stream")
     }
 }
 
@@ -722,7 +781,7 @@ impl Subscriber {
     pub fn item(&mut self) -> Option<Item> {
         let mut buffer = [0; 16 * 1024];
         while self.waiting.is_empty() {
-            let size = match self.connection.reader.read(&mut buffer) {
+            let size = match self.connection.try_read(&mut buffer) {
                 Ok(0) => return None,
                 Err(error) if error.kind() == ErrorKind::ConnectionReset => return None,
                 Ok(size) => size,

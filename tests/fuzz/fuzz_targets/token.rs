@@ -20,25 +20,29 @@ use std::time::UNIX_EPOCH;
 use libfuzzer_sys::fuzz_target;
 use shape::Verdict;
 
-static CONFIG: LazyLock<config::Config> =
-    LazyLock::new(|| config::Config::new(&"42".repeat(32)).unwrap());
+/// Lifetime of either token, and topics in one.
+const TTL: u32 = 300;
+const MAX_TOPICS: u32 = 64;
+
+static KEY: LazyLock<config::Key> = LazyLock::new(|| "42".repeat(32).parse().unwrap());
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((kind, bytes)) = bytes.split_first() else {
         return;
     };
-    let (key, of) = (&CONFIG.key, &*CONFIG);
+    let subscription = |token: &str| KEY.open_subscription(token, TTL, MAX_TOPICS);
+    let submission = |token: &str| KEY.open_submission(token, TTL);
     if kind % 2 == 0 {
         // Nobody without the key gets past authentication.
         let token = String::from_utf8_lossy(bytes);
-        assert_eq!(key.open_subscription(&token, of).unwrap_err().status, 401);
-        assert_eq!(key.open_submission(&token, of).unwrap_err().status, 401);
+        assert_eq!(subscription(&token).unwrap_err().status, 401);
+        assert_eq!(submission(&token).unwrap_err().status, 401);
         return;
     }
     let now = UNIX_EPOCH.elapsed().unwrap().as_secs() as u32;
     let token = branca::encode(bytes, &[0x42; 32], now).unwrap();
 
-    let opened = key.open_subscription(&token, of);
+    let opened = subscription(&token);
     match shape::subscription(bytes) {
         Verdict::Valid(topics) => {
             let topics: Result<event::Topics, _> = topics.iter().map(event::Topic::new).collect();
@@ -47,14 +51,14 @@ fuzz_target!(|bytes: &[u8]| {
         Verdict::Wrong => assert_eq!(opened.unwrap_err().status, 400),
         Verdict::Unsaid => {}
     }
-    let opened = key.open_submission(&token, of);
+    let opened = submission(&token);
     match shape::submission(bytes) {
         Verdict::Valid(events) => {
             let opened = opened.expect("valid by the other reader");
             assert_eq!(opened.len(), events.len());
             for (opened, event) in opened.iter().zip(&events) {
                 assert_eq!(Ok(&opened.topic), event::Topic::new(&event.0).as_ref());
-                let text = std::str::from_utf8(&opened.frame).unwrap();
+                let text = std::str::from_utf8(opened.frame.bytes(false)).unwrap();
                 assert_eq!(parsed(text), shape::dispatched(event));
             }
         }
