@@ -39,7 +39,7 @@ fuzz: target/tools/bin/cargo-fuzz ## coverage-guided fuzzing of tokens and reque
 	  tests/fuzz/seeds/$$target -- -max_total_time=$(or $(SECONDS),60) -timeout=10 \
 	  -artifact_prefix=target/fuzz/$$target- || exit 1; done
 
-bench: tools ## the fan-out benchmark against nginx with nchan; about seven minutes
+bench: tools ## the fan-out benchmark against nginx with nchan; about ten minutes
 	cargo bench --bench fanout -- $(ARGS)
 
 static: ## a static binary at target/static/sse-server

@@ -25,6 +25,7 @@ enum Work {
     /// Events a second.
     Rate(f64),
     Memory,
+    Idle,
     Sizing,
     PublishCost,
     IdleSubmissions,
@@ -36,6 +37,13 @@ pub type Figure = (String, &'static str, f64);
 
 const WINDOWS: Work = Work::Flat(&[8, 32]);
 
+/// As many topics as a token may hold, less a few, and no two subscribers have one in common.
+const OWN_TOPICS: Shape = Shape {
+    topics: 9000,
+    silent: 59,
+    cycle: 9000,
+    ..to(9000)
+};
 const TOPICS: Shape = Shape {
     topics: 1000,
     ..to(1000)
@@ -65,10 +73,12 @@ pub const CASES: &[Case] = &[
     both("batch-10", BATCHES, Work::Flat(&[40])),
     both("memory-5000", to(5000), Work::Memory),
     both("memory-9000", to(9000), Work::Memory),
-    ours("sizing", Work::Sizing),
-    ours("publish-cost", Work::PublishCost),
-    ours("idle-submissions", Work::IdleSubmissions),
-    ours("bodies", Work::Bodies),
+    ours("idle-10000", to(10_000), Work::Idle),
+    ours("idle-9000x60", OWN_TOPICS, Work::Idle),
+    ours("sizing", to(0), Work::Sizing),
+    ours("publish-cost", to(0), Work::PublishCost),
+    ours("idle-submissions", to(0), Work::IdleSubmissions),
+    ours("bodies", to(0), Work::Bodies),
 ];
 
 const fn both(name: &'static str, shape: Shape, work: Work) -> Case {
@@ -80,10 +90,10 @@ const fn both(name: &'static str, shape: Shape, work: Work) -> Case {
     }
 }
 
-const fn ours(name: &'static str, work: Work) -> Case {
+const fn ours(name: &'static str, shape: Shape, work: Work) -> Case {
     Case {
         peer: false,
-        ..both(name, to(0), work)
+        ..both(name, shape, work)
     }
 }
 
@@ -91,6 +101,7 @@ const fn to(subscribers: usize) -> Shape {
     Shape {
         subscribers,
         topics: 1,
+        silent: 0,
         size: 64,
         batch: 1,
         cycle: 2000,
@@ -104,6 +115,7 @@ impl Case {
             Work::Flat(windows) => flat(kind, self.shape, windows, time),
             Work::Rate(rate) => at_rate(kind, self.shape, rate, time),
             Work::Memory => memory(kind, self.shape),
+            Work::Idle => idle(kind, self.shape),
             Work::Sizing => sizing(),
             Work::PublishCost => publish_cost(),
             Work::IdleSubmissions => idle_submissions(time),
@@ -161,6 +173,38 @@ fn memory(kind: Kind, shape: Shape) -> Result<Vec<Figure>> {
         ("memory, kernel included".into(), "KiB", total / each),
         ("memory, resident".into(), "KiB", resident / each),
     ])
+}
+
+/// What streams cost that nothing is published to; and how long a publish takes meanwhile, where
+/// they have topics of their own.
+fn idle(kind: Kind, shape: Shape) -> Result<Vec<Figure>> {
+    // The publisher is idle too, and is not to be closed for that.
+    let server = Server::start(kind, &[("SSE_READ_TIMEOUT", "60")])?;
+    let mut load = Load::start(server, shape)?;
+    // What connecting took has ended: threads of the pool are kept for 5 seconds.
+    load.swarm.rest(Duration::from_secs(6))?;
+    let (begin, before) = (Instant::now(), load.server.cpu());
+    let mut share = |seconds| -> Result<f64> {
+        load.swarm
+            .rest(Duration::from_secs(seconds).saturating_sub(begin.elapsed()))?;
+        let cpu = load.server.cpu() - before;
+        Ok(100.0 * cpu.as_secs_f64() / begin.elapsed().as_secs_f64())
+    };
+    // All came at once, so that their heartbeats come at once, 15 seconds later.
+    let mut figures = vec![
+        ("CPU between heartbeats".into(), "%", share(8)?),
+        ("CPU".into(), "%", share(15)?),
+    ];
+    if shape.topics == shape.subscribers {
+        let sample = load.at_rate(200.0, Duration::from_secs(5))?;
+        let latency = |name: &str, share| (name.to_string(), "ms", sample.latency(share));
+        figures.extend([
+            latency("p50", 0.5),
+            latency("p99", 0.99),
+            latency("max", 1.0),
+        ]);
+    }
+    Ok(figures)
 }
 
 /// What the whole server takes with so many subscribers.

@@ -28,6 +28,8 @@ pub const PUBLISHER: Token = Token(usize::MAX);
 pub struct Shape {
     pub subscribers: usize,
     pub topics: usize,
+    /// Topics of each subscriber besides, which nothing is published to.
+    pub silent: usize,
     /// Bytes of an event's data.
     pub size: usize,
     /// Events in one submission.
@@ -45,6 +47,13 @@ impl Shape {
 
     fn topic(&self, number: usize) -> String {
         format!("topic{}", number % self.topics)
+    }
+
+    /// What this subscriber listens to.
+    fn subscription(&self, number: usize) -> Vec<String> {
+        let topic = self.topic(number);
+        let silent = (0..self.silent).map(|silent| format!("{topic}-{silent}"));
+        [topic.clone()].into_iter().chain(silent).collect()
     }
 
     fn copies(&self) -> usize {
@@ -135,8 +144,8 @@ impl Swarm {
             buffer: vec![0; 256 * 1024],
             tally: Tally::new(shape),
         };
-        let requests = (0..shape.topics).map(|topic| server.subscription(&shape.topic(topic)));
-        let requests: Vec<_> = requests.collect();
+        let request = |topic| server.subscription(&shape.subscription(topic));
+        let requests: Vec<_> = (0..shape.topics).map(request).collect();
         for number in 0..shape.subscribers {
             let mut stream = TcpStream::connect(server.address)?;
             let interest = Interest::READABLE | Interest::WRITABLE;
@@ -145,7 +154,7 @@ impl Swarm {
             swarm.subscribers.push(Subscriber {
                 stream,
                 request: requests[number % shape.topics].clone(),
-                streaming: false,
+                body: Body::NotYet,
                 rest: Vec::new(),
                 next: number % shape.topics,
             });
@@ -201,19 +210,35 @@ impl Swarm {
     /// many is not the one that is due, and an error.
     pub fn settle(&mut self) -> Result<()> {
         self.until(|tally| tally.deliveries == tally.sent * tally.shape.copies())?;
-        let quiet = Instant::now() + Duration::from_millis(30);
-        while Instant::now() < quiet {
+        self.rest(Duration::from_millis(30))
+    }
+
+    /// Reads what comes in this time: heartbeats, and nothing else.
+    pub fn rest(&mut self, time: Duration) -> Result<()> {
+        let end = Instant::now() + time;
+        while Instant::now() < end {
             self.turn(Duration::from_millis(10))?;
         }
         Ok(())
     }
 }
 
+/// How the answer's body comes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Body {
+    /// The head has not come completely.
+    NotYet,
+    /// In chunks, each of whole lines.
+    Chunked,
+    /// As it is.
+    Plain,
+}
+
 struct Subscriber {
     stream: TcpStream,
     /// Empty once it has been sent.
     request: Vec<u8>,
-    streaming: bool,
+    body: Body,
     /// Bytes of an event that has not come completely.
     rest: Vec<u8>,
     /// The number of the event that must come next.
@@ -252,26 +277,52 @@ impl Subscriber {
     /// Checks what has come completely, and returns how many bytes that is.
     fn take(&mut self, bytes: &[u8], tally: &mut Tally) -> Result<usize> {
         let mut at = 0;
-        if !self.streaming {
+        if self.body == Body::NotYet {
             let Some(head) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else {
                 return Ok(0);
             };
             if !bytes.starts_with(b"HTTP/1.1 200 ") {
                 return Err(String::from_utf8_lossy(bytes).into());
             }
-            self.streaming = true;
+            let fields = String::from_utf8_lossy(&bytes[..head]).to_ascii_lowercase();
+            self.body = match fields.contains("\r\ntransfer-encoding: chunked") {
+                true => Body::Chunked,
+                false => Body::Plain,
+            };
             tally.heads += 1;
             at = head + 4;
         }
-        let (now, size) = (Instant::now(), tally.shape.size);
+        let now = Instant::now();
+        if self.body == Body::Plain {
+            return Ok(at + self.take_lines(&bytes[at..], tally, now)?);
+        }
+        while let Some((lines, length)) = first_chunk(&bytes[at..])? {
+            if self.take_lines(lines, tally, now)? < lines.len() {
+                return Err("a chunk ends within a line or an event".into());
+            }
+            at += length;
+        }
+        Ok(at)
+    }
+
+    /// Checks the whole lines and events that these bytes begin with, and returns how many bytes
+    /// that is.
+    fn take_lines(&mut self, bytes: &[u8], tally: &mut Tally, now: Instant) -> Result<usize> {
+        let (mut at, size) = (0, tally.shape.size);
         loop {
             let rest = &bytes[at..];
             if !rest.starts_with(b"data: ") {
-                // A comment, an id, a retry delay, or what may yet become a line of data.
-                match rest.iter().position(|byte| *byte == b'\n') {
-                    Some(end) => at += end + 1,
-                    None => return Ok(at),
+                // What may yet become a line of data, or one of another kind.
+                let Some(end) = rest.iter().position(|byte| *byte == b'\n') else {
+                    return Ok(at);
+                };
+                let line = &rest[..end];
+                let known = [&b":"[..], b"id: ", b"retry: "];
+                if !line.is_empty() && !known.iter().any(|start| line.starts_with(start)) {
+                    let line = String::from_utf8_lossy(line);
+                    return Err(format!("a line that nobody sent: {line}").into());
                 }
+                at += end + 1;
                 continue;
             }
             // The data has a known length; its line end and the empty line follow.
@@ -290,5 +341,25 @@ impl Subscriber {
             self.next = (number + tally.shape.topics) % tally.shape.cycle;
             at += 6 + size + 2;
         }
+    }
+}
+
+/// The chunk at the start of these bytes, where it has come completely: what is in it, and the
+/// length of the whole.
+fn first_chunk(bytes: &[u8]) -> Result<Option<(&[u8], usize)>> {
+    let Some(line) = bytes.iter().position(|byte| *byte == b'\n') else {
+        return Ok(None);
+    };
+    let digits = bytes[..line].strip_suffix(b"\r").unwrap_or_default();
+    let digits = str::from_utf8(digits).unwrap_or_default();
+    let size = usize::from_str_radix(digits, 16).map_err(|_| "a chunk without a size")?;
+    if size == 0 {
+        return Err("the stream was ended by the server".into());
+    }
+    let end = line + 1 + size;
+    match bytes.get(end..end + 2) {
+        Some(b"\r\n") => Ok(Some((&bytes[line + 1..end], end + 2))),
+        Some(_) => Err("a chunk is longer than its size".into()),
+        None => Ok(None),
     }
 }

@@ -23,14 +23,17 @@ enum Goal {
 fn goal(case: &str, figure: &str) -> Option<Goal> {
     let is = |start: &str| figure.starts_with(start);
     match case {
-        "flat-100" if is("flat out") => Some(Goal::AtLeast(3.0)),
-        "flat-1000" if is("flat out") => Some(Goal::AtLeast(2.5)),
-        "flat-5000" if is("flat out") => Some(Goal::AtLeast(1.2)),
-        "flat-9000" if is("flat out") => Some(Goal::AtLeast(1.0)),
-        "rate-1000x30" | "rate-5000x5" if is("p99") => Some(Goal::AtMost(1.0)),
-        "rate-1000x30" | "rate-5000x5" if is("CPU") => Some(Goal::AtMost(2.0)),
-        "connect-5000" => Some(Goal::Below(1000.0)),
-        "memory-5000" | "memory-9000" if is("memory, kernel") => Some(Goal::Below(40.0)),
+        "flat-100" if figure == "flat out, 8 ahead" => Some(Goal::AtLeast(3.0)),
+        "flat-1000" | "flat-5000" if figure == "flat out, 8 ahead" => Some(Goal::AtLeast(5.0)),
+        "flat-9000" if figure == "flat out, 8 ahead" => Some(Goal::AtLeast(6.0)),
+        "topics-1000" if is("flat out") => Some(Goal::AtLeast(1.3)),
+        "rate-1000x30" | "rate-5000x5" if is("p99") => Some(Goal::AtMost(0.7)),
+        "rate-1000x30" | "rate-5000x5" if is("CPU") => Some(Goal::AtMost(1.0)),
+        "connect-5000" => Some(Goal::AtMost(2.0)),
+        "memory-5000" | "memory-9000" if is("memory, kernel") => Some(Goal::Below(10.0)),
+        "idle-10000" if figure == "CPU" => Some(Goal::Below(1.0)),
+        "idle-9000x60" if figure == "CPU" => Some(Goal::Below(3.0)),
+        "idle-9000x60" if is("p99") => Some(Goal::Below(10.0)),
         _ => None,
     }
 }

@@ -48,15 +48,15 @@ impl Server {
         }
     }
 
-    /// The request of a subscriber to this topic.
-    pub fn subscription(&self, topic: &str) -> Vec<u8> {
+    /// The request of a subscriber to these topics; to nchan, to the first of them.
+    pub fn subscription(&self, topics: &[String]) -> Vec<u8> {
         #[derive(Serialize)]
         struct Payload<'a> {
-            topics: [&'a str; 1],
+            topics: &'a [String],
         }
         let path = match self.kind {
-            Kind::Ours => format!("/events?token={}", token(&Payload { topics: [topic] })),
-            Kind::Nchan => format!("/sub/{topic}"),
+            Kind::Ours => format!("/events?token={}", token(&Payload { topics })),
+            Kind::Nchan => format!("/sub/{}", topics[0]),
         };
         // nchan answers 403 without this Accept.
         format!("GET {path} HTTP/1.1\r\nHost: bench\r\nAccept: text/event-stream\r\n\r\n").into()
@@ -164,7 +164,8 @@ fn start_nchan() -> Result<Server> {
         return Err("nchan is missing: apt-get install nginx libnginx-mod-nchan".into());
     }
     let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-    let directory = std::env::temp_dir().join(format!("fanout-{}", address.port()));
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let directory = directory.join(format!("fanout-{}", address.port()));
     fs::create_dir_all(&directory)?;
     let configuration = nginx_configuration(address, &directory);
     fs::write(directory.join("nginx.conf"), configuration)?;

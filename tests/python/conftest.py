@@ -2,6 +2,7 @@
 process on a port of this machine, ended with the test. A missing tool skips its tests, with the
 reason; under CI=true it fails them instead."""
 
+import codecs
 import os
 import queue
 import random
@@ -13,6 +14,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -30,8 +32,23 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 TARGET = ROOT / "target"
 BINARY = Path(os.environ.get("SSE_SERVER_BIN", TARGET / "debug" / "sse-server"))
+# What browsers, drivers and pytest itself leave behind while they run.
+SCRATCH = TARGET / "tmp" / "python"
 # For each wait on something that is about to happen. Generous: the machine may be busy.
 DEADLINE = 20
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """Nothing is written to the system's temporary folder, by whatever these tests start."""
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(SCRATCH)
+    if config.option.basetemp is None:
+        config.option.basetemp = str(TARGET / "tmp" / "pytest")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
 def missing(what):
@@ -184,6 +201,7 @@ class Reader:
     def __init__(self, open_stream):
         self.frames = queue.Queue()
         self.ended = threading.Event()
+        self.whole = False  # ended, and not in the middle of anything
         self.close = lambda: None
         opened = queue.Queue()
 
@@ -194,13 +212,19 @@ class Reader:
             except Exception as error:  # handed to whoever asked for the stream
                 opened.put(error)
                 return
-            buffer = ""
+            decoder, rest, frame = codecs.getincrementaldecoder("utf-8")(), "", []
             try:
                 for chunk in chunks:
-                    buffer += chunk.decode()
-                    *frames, buffer = buffer.split("\n\n")
-                    for frame in frames:
-                        self.frames.put(frame)
+                    *lines, rest = (rest + decoder.decode(chunk)).split("\n")
+                    for line in lines:
+                        if line:
+                            frame.append(line)
+                        # No blank line follows a comment or a delay. All else is an event, and ends
+                        # with one; one without an event would be an empty frame.
+                        if not line or len(frame) == 1 and line.startswith((":", "retry:")):
+                            self.frames.put("\n".join(frame))
+                            frame = []
+                self.whole = not rest and not frame
             except Exception as error:
                 print(f"stream ended: {type(error).__name__}: {error}")
             self.ended.set()
@@ -218,6 +242,7 @@ class Reader:
         end = time.monotonic() + within
         while True:
             lines = self.frame(max(0.01, end - time.monotonic())).split("\n")
+            assert lines != [""], "a blank line without an event"
             data = [line[6:] for line in lines if line.startswith("data: ")]
             if data:
                 names = [line[7:] for line in lines if line.startswith("event: ")]

@@ -189,9 +189,9 @@ def test_an_old_token_is_refused(serve):
     assert requests.get(f"{server.url}/events?token={old}", timeout=5).status_code == 401
 
 
-# A full server answers 503, on which a browser gives up for good. The page does not, and fetches
-# its state meanwhile.
-def test_a_page_refused_with_503_comes_back_by_itself(serve, demo, browser):
+# A full server ends the connection unanswered. The page tries again, and fetches its state
+# meanwhile.
+def test_a_page_turned_away_comes_back_by_itself(serve, demo, browser):
     server = serve(max_subscribers=1, heartbeat=1)
     app = demo(server)
     first = Page(browser, app.url).shows("live")
@@ -204,6 +204,30 @@ def test_a_page_refused_with_503_comes_back_by_itself(serve, demo, browser):
     second.shows("live")
     app.add("live again")
     second.lists("live again", "seen by both")
+
+
+# A browser gives up for good on an answer such as 503. Nobody wrote a script here that would know
+# better: what is left unanswered is tried again by the browser itself.
+def test_a_plain_event_source_that_was_turned_away_opens_when_there_is_room(serve, browser):
+    server = serve(max_subscribers=1, retry=200)
+    url = f"{server.url}/events?token={server.token('a')}"
+    browser.get(f"{server.url}/ping")
+    browser.execute_script(
+        """
+        window.errors = 0;
+        window.first = new EventSource(arguments[0]);
+        window.first.onopen = () => {
+            window.second = new EventSource(arguments[0]);
+            window.second.onerror = () => window.errors++;
+        };
+        """,
+        url,
+    )
+    until(lambda: browser.execute_script("return window.errors"), "the second is turned away")
+    browser.execute_script("window.first.close()")
+    opens = "return window.second.readyState === EventSource.OPEN"
+    until(lambda: browser.execute_script(opens), "the second opens by itself", within=60)
+    assert server.publish("a", "", "x") == 1
 
 
 # Backend and server disagree on the secret (a rotation gone wrong), which is a 401.

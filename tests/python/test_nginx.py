@@ -175,8 +175,8 @@ def passed_on(proxy):
     return [line for line in proxy.log("sse-access.log").splitlines() if "upstream=1" in line]
 
 
-# An endless header line or an endless number of them would fill the server's memory. Neither
-# reaches it, and nginx itself keeps but a few kilobytes.
+# An endless header line or an endless number of them. Neither reaches the server, and nginx itself
+# keeps but a few kilobytes.
 def test_header_bomb_is_stopped_by_the_proxy(serve, behind):
     server = serve()
     proxy = behind(server)
@@ -199,7 +199,7 @@ def test_header_bomb_is_stopped_by_the_proxy(serve, behind):
     assert passed_on(proxy) == []
 
 
-# A body over the limit, and one that never ends, would each hold a thread of the server.
+# A body over the limit, and one that never ends: neither takes a connection of the server.
 def test_body_bombs_are_stopped_by_the_proxy(serve, behind):
     server = serve()
     proxy = behind(server, {"client_body_timeout 10s": "client_body_timeout 1s"})
@@ -229,7 +229,7 @@ def test_dripped_headers_are_stopped_by_the_proxy(serve, behind):
     assert passed_on(proxy) == []
 
 
-# Such a line makes the library wait for itself, for ever. nginx never passes it on.
+# nginx never passes such a line on.
 @pytest.mark.parametrize("version", ["2.0", "3.0"])
 def test_an_http2_request_line_is_stopped_by_the_proxy(serve, behind, version):
     server = serve()
@@ -343,6 +343,20 @@ def test_heartbeats_keep_an_idle_stream_open_behind_a_plain_proxy_pass(serve, pl
         events.frame()
     assert server.publish("a", "late", "") == 1
     assert events.event() == ("late", "")
+
+
+# A cookie that any page of the same host may set. A server that takes field values for ASCII alone
+# would refuse this browser for as long as the cookie lives.
+def test_a_cookie_beyond_ascii_is_no_reason_to_refuse_a_browser(serve, plain, chrome):
+    server = serve()
+    proxy = plain(server)
+    chrome.get(f"{proxy.url}/ping")
+    chrome.execute_script("document.cookie = 'name=José'")
+    chrome.execute_script(OPEN_STREAMS, f"{proxy.url}/events?token={server.token('a')}", 1)
+    until(lambda: chrome.execute_script(COUNT_OPEN) == 1, "the stream opens")
+    assert server.publish("a", "tick", "") == 1
+    until(lambda: chrome.execute_script("return window.heard") == 1, "the event arrives")
+    chrome.delete_all_cookies()
 
 
 # A client that leaves must not stay behind as a stream between nginx and the server.
