@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: a Rust toolchain, Python 3, make. What else the tests use they
 # install under target/, or, where they run as root on Debian, with apt-get.
 .DEFAULT_GOAL := help
-.PHONY: help run demo test lint soak fuzz bench static image clean
+.PHONY: help run demo test lint soak fuzz bench trusted static image clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -41,6 +41,10 @@ fuzz: target/tools/bin/cargo-fuzz ## coverage-guided fuzzing of tokens and reque
 
 bench: tools ## the fan-out benchmark against nginx with nchan; about ten minutes
 	cargo bench --bench fanout -- $(ARGS)
+
+trusted: ## what the compiler reads of dependencies: lines, and how often they say unsafe
+	cargo build --release
+	python3 tests/trusted.py
 
 static: ## a static binary at target/static/sse-server
 	sh tests/ship/static.sh

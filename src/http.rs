@@ -56,7 +56,7 @@ pub type Waiting = Mutex<BTreeMap<Standing, Arc<TcpStream>>>;
 /// the time makes a connection young again. And what tells those of one moment apart.
 type Standing = (bool, Instant, RawFd);
 
-/// A socket that its thread waits for until the deadline, unless another connection needs its place.
+/// A socket that its thread waits for until the deadline, unless another one needs its place.
 struct Socket<'a> {
     stream: Arc<TcpStream>,
     waiting: &'a Waiting,
@@ -308,7 +308,7 @@ fn parse_request_line(line: &str) -> Result<(&str, &str, bool), Refusal> {
     }
 }
 
-/// RFC 9112, section 5. Neither a space before the colon, nor a folded line: the name is a token. No
+/// RFC 9112, section 5. No space before the colon, and no folded line: the name is a token. No
 /// line end that another reader might see: of control characters a value holds only tabs.
 fn parse_field(line: &str) -> Result<Header, Refusal> {
     let (name, value) = line.split_once(':').unwrap_or_default();

@@ -27,8 +27,8 @@ const MAX_THREADS: usize = 4096;
 /// How long a connection waits for a thread to be free, before another is started.
 const MOMENT: Duration = Duration::from_micros(200);
 
-/// How long at most it then waits for that one, or one that is made free, to be on its way. On a busy
-/// machine that takes longer, and must not start thousands.
+/// How long at most it then waits for that one, or one that is made free, to be on its way. That
+/// takes longer on a busy machine, and must not start thousands.
 const HAND_OVER: Duration = Duration::from_millis(100);
 
 /// How long a thread of the pool waits for its next connection before it ends.
@@ -93,7 +93,7 @@ impl Server {
     }
 
     /// What an operator wants to know at start: the addresses, and how many streams there can be,
-    /// which are fewer than [`Config::max_subscribers`] where the system allows too few descriptors.
+    /// fewer than [`Config::max_subscribers`] where the system allows too few descriptors.
     ///
     /// # Errors
     /// As [`Server::local_addr`].

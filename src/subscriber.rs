@@ -62,7 +62,7 @@ pub struct Stream {
     probes: u8,
     /// The farewell is in `unsent`, or sent: nothing may follow it.
     told: bool,
-    /// Nothing more is read or written, for this reason, whoever asks. While the socket is in use it
+    /// Nothing more is read or written, for this reason, whoever asks. While the socket is used it
     /// stands at a fault, and stays there if that panics: which ends this stream, and nothing else.
     over: Option<Reason>,
 }
@@ -114,8 +114,8 @@ impl Subscriber {
     }
 
     /// Sees whether the client is still there, and whether it is time for a comment; whether a turn
-    /// is needed. Leaves alone whoever has a turn just now. Reading takes the socket's pending error
-    /// with it: what it was is kept for that turn.
+    /// is needed. Leaves alone whoever has a turn just now. Reading takes the pending error of the
+    /// socket with it: what it was is kept for that turn.
     pub fn look(&self, config: &Config) -> bool {
         let stream = self.stream.try_lock();
         stream.is_some_and(|mut stream| stream.look(config))

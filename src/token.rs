@@ -15,8 +15,8 @@ use crate::{config::Key, error::Refusal, error::ensure};
 /// fifth of a millisecond at most and pass beside them.
 const LONG_TOKEN: usize = 2048;
 
-/// Threads at most that wait for one another with such tokens. With them waits their connection, which
-/// then cannot make room for another.
+/// Threads at most that wait for one another with such tokens. With each waits its connection,
+/// which then cannot make room for another.
 const MAX_WAITING: usize = 48;
 
 /// Forged submissions hold up no subscription, nor the other way round.
