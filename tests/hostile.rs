@@ -11,6 +11,7 @@ mod support;
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -318,15 +319,19 @@ fn pour(row: &str, start: Vec<u8>, block: &[u8], refused: u16) {
             })
         })
         .collect();
+    let finished = || senders.iter().all(|sender| sender.is_finished());
+    let came = wait_until(2 * DEADLINE, finished);
+    let grown = server.status("VmHWM") - highest;
+    println!("  {row}: grown by {grown} KiB");
+    assert!(grown < BOUNDED, "it keeps what it should not: {grown} KiB");
+    assert!(came, "neither closed nor had enough");
     let mut taken = 0;
     for sender in senders {
-        let (fate, sent) = sender.join().unwrap();
+        let (fate, sent) = sender.join().unwrap_or_else(|panic| resume_unwind(panic));
         assert_eq!(fate, Fate::Closed(vec![refused]), "{row}");
         taken += sent;
     }
-    let grown = server.status("VmHWM") - highest;
-    println!("  {row}: {} MiB sent, grown by {grown} KiB", taken >> 20);
-    assert!(grown < BOUNDED, "it keeps what it should not: {grown} KiB");
+    println!("  {row}: {} MiB sent", taken >> 20);
     before.expect_back(&server, SLACK);
     witness.finish(row);
 }
