@@ -1098,10 +1098,11 @@ fn judge(
         assert!(!disturbed, "{listener}: used after its trouble");
         listener.check(heard, &order, all);
         match trouble {
-            _ if heard.whole => expected[3] += 1,
+            // Perhaps it had taken all before.
             Some(Trouble::Panicked) => expected[4] += 1,
             Some(Trouble::Failed(ErrorKind::TimedOut)) => expected[2] += 1,
             Some(Trouble::Failed(_)) => expected[0] += 1,
+            None if heard.whole => expected[3] += 1,
             None if nothing && !refused && !listener.early => turned_away += 1,
             // It was asked, and had no room, before its place was lost.
             None => {
