@@ -206,7 +206,7 @@ impl Hub {
             Turn::Ended(reason) => self.remove(subscriber, reason),
             Turn::Full | Turn::Probed => self.stalled.push(subscriber.clone()),
             Turn::Written => {
-                // In this order: see there.
+                // In this order: see `Subscriber::scheduled`.
                 subscriber.scheduled.store(false, SeqCst);
                 let waiting = !subscriber.queue.receiver.is_empty();
                 if waiting || subscriber.behind.load(SeqCst) || self.closed.load(SeqCst) {
