@@ -6,16 +6,9 @@
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
-run: ## build and serve on 127.0.0.1:8000; prints how to try it
+run: ## build and serve on 127.0.0.1:8000, or SSE_LISTEN; then prints how to try it
 	cargo build --release
-	@SSE_SECRET="$${SSE_SECRET:-$$(target/release/sse-server secret)}" sh -c '\
-	  export SSE_SECRET; \
-	  echo "In a second shell, subscribe:"; \
-	  echo "  export SSE_SECRET=$$SSE_SECRET PATH=$$PWD/target/release:\$$PATH"; \
-	  echo "  curl -N \"localhost:8000/events?token=\$$(sse-server token weather)\""; \
-	  echo "and in a third, after the same export, publish:"; \
-	  echo "  sse-server event weather update 21C | curl --data-binary @- localhost:8000/submit"; \
-	  exec target/release/sse-server'
+	@exec python3 tests/demo/serve.py
 
 demo: target/venv ## a small web application with a list that is live in every tab
 	cargo build --release

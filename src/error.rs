@@ -10,12 +10,17 @@ pub struct Refusal {
     pub status: u16,
     /// One line. For 405, the methods that the path takes.
     pub text: String,
+    /// A token was authentic, and is too old.
+    pub(crate) expired: bool,
 }
 
 impl Refusal {
     pub(crate) fn new(status: u16, text: impl Into<String>) -> Self {
-        let text = text.into();
-        Self { status, text }
+        Self {
+            status,
+            text: text.into(),
+            expired: false,
+        }
     }
 }
 

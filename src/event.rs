@@ -31,8 +31,15 @@ impl Topic {
     pub fn new(name: impl AsRef<str>) -> Result<Self, Refusal> {
         match name.as_ref().len() {
             1..=MAX_TOPIC => Ok(Self(name.as_ref().into())),
-            _ => Err(Refusal::new(400, "a topic is 1 to 256 bytes long")),
+            length => {
+                let problem = format!("a topic has to have 1 to {MAX_TOPIC} bytes, not {length}");
+                Err(Refusal::new(400, problem))
+            }
         }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.0
     }
 }
 
@@ -83,10 +90,11 @@ pub const COMMENT: &str = ":\n";
 
 /// Tells a client how many milliseconds to wait before it reconnects: `least` to twice that, at
 /// random, since clients that lost a server together must not all come back together.
-pub fn retry(least: u32) -> String {
-    let least = u64::from(least);
-    format!(
-        "retry: {}\n",
-        least + RandomState::new().hash_one(()) % (least + 1)
-    )
+pub fn retry(least: u64) -> String {
+    format!("retry: {}\n", least + draw(least))
+}
+
+/// A number from 0 to `most`, at random, though not for secrets.
+pub fn draw(most: u64) -> u64 {
+    RandomState::new().hash_one(()) % (most + 1)
 }

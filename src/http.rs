@@ -11,7 +11,7 @@ use std::{str::FromStr, sync::Arc, time::Duration, time::Instant};
 use parking_lot::Mutex;
 use tiny_http::{HTTPVersion, Header, Method, Response, StatusCode};
 
-use crate::{config::Config, error::Refusal, error::ensure, event::Topics};
+use crate::{config::Config, error::Refusal, error::ensure, token::Subscription};
 
 /// Bytes of a request line and its header fields together: what nginx takes of one line.
 const MAX_HEAD: u64 = 8 * 1024;
@@ -43,8 +43,8 @@ pub struct Answer {
     /// Whole lines, all but those that say how the connection goes on.
     pub fields: String,
     pub body: String,
-    /// The connection becomes a stream of these topics, which begins with this head.
-    pub stream: Option<Topics>,
+    /// The connection becomes this stream, which begins with this head.
+    pub stream: Option<Subscription>,
 }
 
 /// Connections whose threads wait for their clients, in the order in which they are closed to make

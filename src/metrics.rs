@@ -11,8 +11,8 @@ use parking_lot::Mutex;
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// The statuses of all answers there are.
-const STATUSES: [u16; 13] = [
-    200, 204, 400, 401, 404, 405, 408, 411, 413, 414, 431, 503, 505,
+const STATUSES: [u16; 14] = [
+    200, 204, 307, 400, 401, 404, 405, 408, 411, 413, 414, 431, 503, 505,
 ];
 
 /// Why a stream ended.

@@ -3,10 +3,7 @@
 use tiny_http::Method::{Get, Head, Options, Post};
 
 use crate::http::{Answer, Request};
-use crate::{error::Refusal, error::ensure, hub::Hub};
-
-/// Characters in the longest token of a query: 64 topics of 40 bytes; a millisecond to open.
-const MAX_TOKEN: usize = 4096;
+use crate::{config::Config, error::Refusal, error::ensure, hub::Hub, token::MAX_QUERY_TOKEN};
 
 const TEXT: &str = "Content-Type: text/plain; charset=utf-8\r\n";
 
@@ -29,8 +26,7 @@ pub enum Door {
 }
 
 /// Answers a request, or what was refused as none; counts, and says in the log what is wrong.
-/// Nothing where the connection is to be closed unanswered. Blocks where [`Hub::publish`] does, and
-/// for seconds at most where others have long tokens opened.
+/// Nothing where the connection is to be closed unanswered. Blocks where [`Hub::publish`] does.
 pub fn reply(hub: &Hub, door: Door, request: &Result<Request, Refusal>) -> Option<Answer> {
     let decided = match request {
         Ok(request) => decide(hub, door, request),
@@ -44,7 +40,9 @@ pub fn reply(hub: &Hub, door: Door, request: &Result<Request, Refusal>) -> Optio
         }
         // By the HTML standard any answer but 200 ends an EventSource for good; a connection that
         // breaks is tried again.
-        Err(Refusal { status: 503, text }) if accepted.any(is_stream) => {
+        Err(Refusal {
+            status: 503, text, ..
+        }) if accepted.any(is_stream) => {
             let line = format_args!("stream turned away: {text}");
             hub.metrics.turned_away.warn(line);
             return None;
@@ -52,21 +50,37 @@ pub fn reply(hub: &Hub, door: Door, request: &Result<Request, Refusal>) -> Optio
         Err(refusal) => refuse(hub, &refusal),
     };
     if door == Door::Public {
-        // Errors too, or no browser shows them.
-        let origin = &hub.config.allow_origin;
-        answer.fields += &format!("Access-Control-Allow-Origin: {origin}\r\n");
+        let origin = request.iter().flat_map(|it| it.values("Origin")).next();
+        answer.fields += &allow_origin(&hub.config.allow_origin, origin);
     }
     Some(answer)
+}
+
+/// Lets pages of other origins read an answer, or an error, which else no browser shows. An origin
+/// is echoed, since beside `*` browsers take no credentials; none are read here.
+fn allow_origin(allowed: &str, origin: Option<&str>) -> String {
+    let mut listed = allowed.split(',').map(str::trim);
+    let fields = match origin {
+        Some(origin) if allowed == "*" || listed.any(|it| it == origin) => format!(
+            "Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n"
+        ),
+        Some(_) => String::new(),
+        None => {
+            let first = listed.next().unwrap_or_default();
+            format!("Access-Control-Allow-Origin: {first}\r\n")
+        }
+    };
+    fields + "Vary: Origin\r\n"
 }
 
 fn is_stream(kind: &str) -> bool {
     kind.starts_with("text/event-stream")
 }
 
-fn refuse(hub: &Hub, Refusal { status, text }: &Refusal) -> Answer {
+fn refuse(hub: &Hub, Refusal { status, text, .. }: &Refusal) -> Answer {
     // What is quoted may be a part of the payload, which is not for the log.
     let why = text.split(['"', '`']).next().unwrap_or_default();
-    let line = format_args!("request refused: status={status} {why}");
+    let line = format_args!("request refused: {why} status={status}");
     hub.metrics.answered(*status).warn(line);
     let field = match status {
         401 => "WWW-Authenticate: Branca\r\n",
@@ -120,14 +134,23 @@ fn open_stream(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
     let mut parameters = request.query.split('&');
     let token = parameters.find_map(|it| it.strip_prefix("token="));
     let (token, config) = (token.unwrap_or_default(), &hub.config);
-    ensure(token.len() <= MAX_TOKEN, 414, "the token is too long")?;
+    let fits = token.len() <= MAX_QUERY_TOKEN;
+    ensure(fits, 414, "the token is over 4096 characters")?;
     let (ttl, max_topics) = (config.token_ttl, config.max_topics);
-    let topics = config.key.open_subscription(token, ttl, max_topics)?;
+    let opened = config.key.open_subscription(token, ttl, max_topics);
+    let subscription = match (opened, &config.renew_url) {
+        // Followed by the browser itself, without which a plain EventSource ends for good.
+        (Err(refusal), Some(url)) if refusal.expired => {
+            let fields = format!("Location: {url}\r\nCache-Control: no-store\r\n");
+            return Ok(answer(307, &[&fields], String::new()));
+        }
+        (opened, _) => opened?,
+    };
     hub.room()?;
     let chunked = "Transfer-Encoding: chunked\r\n";
     let fields = [STREAM, if request.modern { chunked } else { "" }];
     let mut answer = answer_without_body(200, fields.concat());
-    answer.stream = Some(topics).filter(|_| request.method == Get);
+    answer.stream = Some(subscription).filter(|_| request.method == Get);
     Ok(answer)
 }
 
@@ -150,4 +173,17 @@ fn preflight(request: &Request) -> Answer {
     let named = request.values("Access-Control-Request-Headers");
     let named: String = named.map(|name| format!(", {name}")).collect();
     answer_without_body(204, format!("{PREFLIGHT}{named}\r\n"))
+}
+
+impl Config {
+    /// What a server with these settings thinks of a token, as JSON: what it holds, which key made
+    /// it, how many seconds ago, and until when it is good, in seconds since 1970; or why it is
+    /// refused.
+    pub fn explain(&self, token: &str) -> String {
+        let (ttl, topics, submit_ttl) = (self.token_ttl, self.max_topics, self.submit_ttl);
+        let told = self.key.explain(token.trim(), ttl, topics, submit_ttl);
+        let refused =
+            |it: Refusal| format!(r#"{{"refused": {:?}, "status": {}}}"#, it.text, it.status);
+        told.unwrap_or_else(refused)
+    }
 }

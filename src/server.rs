@@ -253,13 +253,13 @@ impl Server {
             let Some(mut answer) = reply(&self.hub, door, &request) else {
                 return;
             };
-            if let Some(topics) = answer.stream.take() {
+            if let Some(subscription) = answer.stream.take() {
                 let chunked = request.is_ok_and(|request| request.modern);
                 let (head, config) = (answer.head(true), &self.hub.config);
                 if let Ok(socket) = connection.into_stream() {
                     end_if_vanished(&socket, Duration::from_secs(config.write_timeout));
                     let stream = Stream::new(Box::new(socket), head, chunked, config.retry);
-                    self.hub.subscribe(topics, stream);
+                    self.hub.subscribe(subscription.topics, stream);
                 }
                 return;
             }

@@ -130,7 +130,7 @@ impl Subscriber {
 
 impl Stream {
     /// Begins with the head of an answer; to an HTTP/1.1 client each frame is sent as a chunk.
-    pub fn new(socket: Box<dyn Socket>, head: String, chunked: bool, delay: u32) -> Self {
+    pub fn new(socket: Box<dyn Socket>, head: String, chunked: bool, delay: u64) -> Self {
         let mut stream = Self {
             socket,
             chunked,

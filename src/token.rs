@@ -1,33 +1,26 @@
 //! The door to Branca and MessagePack: bytes from outside become checked types here, or nothing.
 
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::{collections::BTreeMap, time::UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::{collections::BTreeMap, fmt, iter};
 
-use branca::{Branca, decode_with_timestamp, errors::Error};
-use parking_lot::Mutex;
-use serde::{Deserialize, Serialize, de::DeserializeOwned, de::IgnoredAny};
+use branca::Branca;
+use orion::hazardous::aead::xchacha20poly1305::{Nonce, SecretKey, open};
+use serde::{Deserialize, Deserializer, Serialize, de::IgnoredAny};
 
-use crate::event::{Event, Topic, Topics};
+use crate::event::{Event, Topic, Topics, draw};
 use crate::{config::Key, error::Refusal, error::ensure};
 
-/// Base62 is quadratic and comes before authentication (10 KB: 6 ms). Tokens from this length on
-/// are opened one at a time, which keeps a flood of forged ones to one core; shorter ones take a
-/// fifth of a millisecond at most and pass beside them.
-const LONG_TOKEN: usize = 2048;
+/// Characters in the longest token of a query: 64 topics of 40 bytes.
+pub const MAX_QUERY_TOKEN: usize = 4096;
 
-/// Threads at most that wait for one another with such tokens. With each waits its connection,
-/// which then cannot make room for another.
-const MAX_WAITING: usize = 48;
+/// Digits of base62 that are read at once: the most whose value fits a limb of 64 bits.
+const DIGITS: usize = 10;
 
-/// Forged submissions hold up no subscription, nor the other way round.
-static LONG_SUBSCRIPTIONS: Queue = Queue::new();
-static LONG_SUBMISSIONS: Queue = Queue::new();
+/// What stands in front of the payload, in the clear: a version, the date, a nonce.
+const HEADER: usize = 1 + 4 + 24;
 
-/// Lets one thread through at a time.
-struct Queue {
-    turn: Mutex<()>,
-    waiting: AtomicUsize,
-}
+/// What stands behind it, by which a change is seen.
+const TAG: usize = 16;
 
 type Opened<T> = Result<T, Refusal>;
 
@@ -38,40 +31,56 @@ const MAX_DEPTH: usize = 16;
 /// replayed for longer than its lifetime.
 const MAX_AHEAD: u64 = 300;
 
-/// Unknown keys are ignored. That each of these structs collects them, flattened, also keeps serde
-/// from taking a list, or numbers for keys, in place of the map that is agreed.
-#[derive(Deserialize)]
-struct Subscription {
-    topics: Vec<String>,
-    #[serde(flatten)]
-    _unknown: IgnoredAny,
+/// What an events token permits, and until when.
+pub struct Subscription {
+    pub topics: Topics,
+    pub ends: Instant,
 }
 
-#[derive(Deserialize)]
-struct Submission {
-    events: Vec<RawEvent>,
-    #[serde(flatten)]
-    _unknown: IgnoredAny,
+/// A token whose maker had the secret.
+struct Authentic {
+    /// Seconds since 1970.
+    dated: u64,
+    /// Which key opened it, from 1.
+    key: usize,
+    payload: Vec<u8>,
 }
 
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct RawEvent {
-    topic: String,
-    event: String,
-    data: String,
-    #[serde(flatten)]
-    _unknown: IgnoredAny,
+/// What a payload may hold, as far as it is of use here. Printed for debugging it is JSON.
+#[derive(Deserialize, PartialEq, Eq, PartialOrd, Ord)]
+#[serde(untagged)]
+enum Value {
+    Text(String),
+    List(Vec<Value>),
+    Map(Fields),
+    Other(#[serde(deserialize_with = "ignore")] ()),
+}
+
+/// Keys that are unknown, of whatever type, are ignored.
+type Fields = BTreeMap<Value, Value>;
+
+fn ignore<'de, D: Deserializer<'de>>(input: D) -> Result<(), D::Error> {
+    IgnoredAny::deserialize(input).map(drop)
 }
 
 impl Key {
     /// A token for `/events` that permits these topics, dated now.
     ///
     /// # Errors
-    /// For a topic that is empty or too long.
-    pub fn mint_subscription(&self, topics: &[&str]) -> Result<String, Refusal> {
-        let checked: Result<Topics, _> = topics.iter().map(Topic::new).collect();
-        checked.map(|_| self.mint(&BTreeMap::from([("topics", topics)])))
+    /// For no topics, one that is empty or too long, and more than a query may hold. How many
+    /// topics a server takes is its setting, which is not known here.
+    pub fn mint_subscription<T: AsRef<str>>(
+        &self,
+        topics: impl IntoIterator<Item = T>,
+    ) -> Result<String, Refusal> {
+        let topics: Opened<Vec<_>> = topics.into_iter().map(Topic::new).collect();
+        let topics = topics?;
+        ensure(!topics.is_empty(), 400, "a token needs a topic")?;
+        let names: Vec<_> = topics.iter().map(Topic::name).collect();
+        let token = self.mint(&BTreeMap::from([("topics", names)]));
+        let fits = token.len() <= MAX_QUERY_TOKEN;
+        ensure(fits, 414, "these topics are too many for one token")?;
+        Ok(token)
     }
 
     /// A body for `/submit` with one event, dated now.
@@ -90,77 +99,215 @@ impl Key {
         branca.encode(&payload).expect("far below 256 GiB")
     }
 
-    /// The topics that a token of at most `ttl` seconds permits, each once.
-    pub(crate) fn open_subscription(&self, token: &str, ttl: u32, max: u32) -> Opened<Topics> {
-        let subscription: Subscription = self.open(token, ttl, &LONG_SUBSCRIPTIONS)?;
-        let topics: Result<Topics, _> = subscription.topics.iter().map(Topic::new).collect();
-        let (topics, max) = (topics?, max as usize);
-        let named = (1..=max).contains(&topics.len());
+    /// The topics that a token of at most `ttl` seconds permits, each once, and until when: a
+    /// moment drawn from the last tenth of the time it has left, so that not all end together.
+    pub(crate) fn open_subscription(
+        &self,
+        token: &str,
+        ttl: u64,
+        max: u64,
+    ) -> Opened<Subscription> {
+        let token = self.open(token)?;
+        let left = 1000 * token.left(ttl)?;
+        let topics = list(&token.payload, "topics")?.into_iter();
+        let topics: Opened<Topics> = topics.map(|it| Topic::new(it.text("a topic")?)).collect();
+        let topics = topics?;
+        let named = (1..=max).contains(&(topics.len() as u64));
         ensure(named, 400, "a token has 1 to SSE_MAX_TOPICS topics")?;
-        Ok(topics)
+        let ends = Instant::now() + Duration::from_millis(left - draw(left / 10));
+        Ok(Subscription { topics, ends })
     }
 
     /// The events of a submission of at most `ttl` seconds, all of them checked.
-    pub(crate) fn open_submission(&self, token: &str, ttl: u32) -> Opened<Vec<Event>> {
-        let submission: Submission = self.open(token, ttl, &LONG_SUBMISSIONS)?;
-        let checked = |raw: &RawEvent| Event::new(&raw.topic, &raw.event, &raw.data);
-        submission.events.iter().map(checked).collect()
+    pub(crate) fn open_submission(&self, token: &str, ttl: u64) -> Opened<Vec<Event>> {
+        let token = self.open(token)?;
+        token.left(ttl)?;
+        let events = list(&token.payload, "events")?.into_iter();
+        events.map(Value::event).collect()
     }
 
-    fn open<T: DeserializeOwned>(&self, token: &str, ttl: u32, long: &Queue) -> Opened<T> {
-        ensure(!token.is_empty(), 401, "no token in the query or body")?;
-        let open = || {
-            let mut attempts = self
-                .keys
-                .iter()
-                .map(|key| decode_with_timestamp(token, key));
-            // What is no token at all is none under the next key either.
-            attempts.find(|it| !matches!(it, Err(Error::DecryptFailed)))
+    /// As JSON: what a token holds, which key made it, how many seconds ago, and until when it is
+    /// good, in seconds since 1970.
+    ///
+    /// # Errors
+    /// Why a server with these settings refuses it.
+    pub(crate) fn explain(
+        &self,
+        token: &str,
+        token_ttl: u64,
+        max_topics: u64,
+        submit_ttl: u64,
+    ) -> Result<String, Refusal> {
+        let opened = self.open(token)?;
+        let holds = decode(&opened.payload)?;
+        let ttl = if holds.contains_key(&Value::Text("topics".into())) {
+            self.open_subscription(token, token_ttl, max_topics)?;
+            token_ttl
+        } else {
+            self.open_submission(token, submit_ttl)?;
+            submit_ttl
         };
-        let opened = match token.len() {
-            ..LONG_TOKEN => open(),
-            _ => long.pass(open)?,
+        let (holds, key, until) = (Value::Map(holds), opened.key, opened.dated + ttl);
+        let age = now().saturating_sub(opened.dated);
+        Ok(format!(
+            r#"{{"holds": {holds:?}, "key": {key}, "age": {age}, "good_until": {until}}}"#
+        ))
+    }
+
+    fn open(&self, token: &str) -> Opened<Authentic> {
+        let refuse = |problem| Err(Refusal::new(401, problem));
+        if token.is_empty() {
+            return refuse("no token: it is what follows token= in the query, or the whole body");
+        } else if token.starts_with(['{', '[']) {
+            return refuse("this is JSON: a Branca token is wanted, around MessagePack");
+        }
+        let Some(bytes) = decode_base62(token) else {
+            return refuse("no token: it has a character that is not of base62");
         };
-        let foreign = Refusal::new(401, "not a token made with this server's SSE_SECRET");
-        let (dated, payload) = opened.and_then(Result::ok).ok_or(foreign)?;
-        let now = UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
-        let dated = u64::from(dated);
-        let expired = now > dated + u64::from(ttl);
-        ensure(!expired, 401, "the token has expired: mint a new one")?;
-        let problem = "the token is dated ahead: the clocks of backend and server differ";
-        ensure(dated <= now + MAX_AHEAD, 401, problem)?;
-        decode(&payload)
+        let [0xBA, a, b, c, d, ..] = bytes[..] else {
+            return refuse("no Branca token: it begins otherwise");
+        };
+        if bytes.len() < HEADER + TAG {
+            return refuse("no Branca token: it is too short");
+        }
+        let (header, sealed) = bytes.split_at(HEADER);
+        let nonce = Nonce::from_slice(&header[5..]).expect("24 bytes");
+        let mut payload = vec![0; sealed.len() - TAG];
+        for (key, secret) in (1..).zip(&self.keys) {
+            let secret = SecretKey::from_slice(secret).expect("32 bytes");
+            if open(&secret, &nonce, sealed, Some(header), &mut payload).is_ok() {
+                let dated = u32::from_be_bytes([a, b, c, d]).into();
+                return Ok(Authentic {
+                    key,
+                    dated,
+                    payload,
+                });
+            }
+        }
+        refuse(
+            "made with another SSE_SECRET, or changed since: the key is the 32 bytes that the 64 hex digits stand for",
+        )
     }
 }
 
-impl Queue {
-    const fn new() -> Self {
-        Self {
-            turn: Mutex::new(()),
-            waiting: AtomicUsize::new(0),
+/// The number that base62 stands for, as bytes, the most significant first. Takes time by the
+/// square of the length: 0.9 ms for 16 KiB. A zero in front would only be another way to write it.
+fn decode_base62(text: &str) -> Option<Vec<u8>> {
+    // The least significant first.
+    let mut limbs: Vec<u64> = Vec::new();
+    let (first, rest) = text.as_bytes().split_at(text.len() % DIGITS);
+    for digits in iter::once(first).chain(rest.chunks(DIGITS)) {
+        let mut carry = 0;
+        for digit in digits {
+            let value = match digit {
+                b'0'..=b'9' => digit - b'0',
+                b'A'..=b'Z' => digit - b'A' + 10,
+                b'a'..=b'z' => digit - b'a' + 36,
+                _ => return None,
+            };
+            carry = 62 * carry + u64::from(value);
         }
+        for limb in &mut limbs {
+            let wide = u128::from(*limb) * 62u128.pow(DIGITS as u32) + u128::from(carry);
+            (*limb, carry) = (wide as u64, (wide >> 64) as u64);
+        }
+        limbs.extend((carry > 0).then_some(carry));
     }
+    let bytes = limbs.iter().rev().flat_map(|limb| limb.to_be_bytes());
+    (!text.starts_with('0')).then(|| bytes.skip_while(|byte| *byte == 0).collect())
+}
 
-    /// # Errors
-    /// Where too many wait already.
-    fn pass<T>(&self, act: impl FnOnce() -> T) -> Opened<T> {
-        let before = self.waiting.fetch_add(1, SeqCst);
-        let result = (before < MAX_WAITING).then(|| {
-            let _turn = self.turn.lock();
-            act()
-        });
-        self.waiting.fetch_sub(1, SeqCst);
-        result.ok_or_else(|| Refusal::new(503, "too many long tokens: try later"))
+fn now() -> u64 {
+    UNIX_EPOCH.elapsed().unwrap_or_default().as_secs()
+}
+
+impl Authentic {
+    /// Seconds for which it is still good, of `ttl`.
+    fn left(&self, ttl: u64) -> Opened<u64> {
+        let (now, end) = (now(), self.dated + ttl);
+        let ahead = self.dated.saturating_sub(now);
+        let problem =
+            format!("dated {ahead} seconds ahead: the clocks of backend and server differ");
+        ensure(ahead <= MAX_AHEAD, 401, &problem)?;
+        let expired = || Refusal {
+            expired: true,
+            ..Refusal::new(
+                401,
+                format!("expired {} seconds ago: mint a new one", now - end),
+            )
+        };
+        end.checked_sub(now)
+            .map(|left| left.min(ttl))
+            .ok_or_else(expired)
     }
 }
 
 /// Reads a payload that is one MessagePack map and nothing behind it.
-fn decode<T: DeserializeOwned>(mut payload: &[u8]) -> Opened<T> {
+fn decode(mut payload: &[u8]) -> Opened<Fields> {
+    // To MessagePack the first byte would be a number.
+    let is_json = payload.starts_with(b"{") || payload.starts_with(b"[");
+    ensure(
+        !is_json,
+        400,
+        "the payload is JSON: it has to be MessagePack",
+    )?;
     let mut decoder = rmp_serde::Deserializer::new(&mut payload);
     decoder.set_max_depth(MAX_DEPTH);
-    let decoded = T::deserialize(&mut decoder);
-    let wrong = |error| Refusal::new(400, format!("wrong payload: {error}"));
-    let value = decoded.map_err(wrong)?;
-    ensure(payload.is_empty(), 400, "wrong payload: more than one map")?;
-    Ok(value)
+    match Value::deserialize(&mut decoder) {
+        Ok(Value::Map(fields)) if payload.is_empty() => Ok(fields),
+        Ok(_) => Err(wrong("the payload has to be one map")),
+        Err(error) => Err(wrong(&format!("the payload is not MessagePack: {error}"))),
+    }
+}
+
+fn list(payload: &[u8], name: &str) -> Opened<Vec<Value>> {
+    match decode(payload)?.remove(&Value::Text(name.into())) {
+        Some(Value::List(list)) => Ok(list),
+        Some(_) => Err(wrong(&format!("{name} has to be a list"))),
+        None => Err(wrong(&format!("the payload has no {name}"))),
+    }
+}
+
+fn wrong(problem: &str) -> Refusal {
+    Refusal::new(400, problem)
+}
+
+impl Value {
+    fn text(self, name: &str) -> Opened<String> {
+        match self {
+            Self::Text(text) => Ok(text),
+            _ => Err(wrong(&format!("{name} has to be a string, in UTF-8"))),
+        }
+    }
+
+    /// An event of a submission. What is left out is empty.
+    fn event(self) -> Opened<Event> {
+        let Self::Map(mut fields) = self else {
+            return Err(wrong("an event has to be a map"));
+        };
+        let mut text = |name: &str| match fields.remove(&Value::Text(name.into())) {
+            Some(value) => value.text(name),
+            None => Ok(String::new()),
+        };
+        Event::new(&text("topic")?, &text("event")?, &text("data")?)
+    }
+}
+
+impl fmt::Debug for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::List(list) => f.debug_list().entries(list).finish(),
+            Self::Map(fields) => f.debug_map().entries(fields).finish(),
+            Self::Text(text) => {
+                let escape = |letter| match letter {
+                    '"' | '\\' => format!("\\{letter}"),
+                    ..' ' => format!("\\u{:04x}", u32::from(letter)),
+                    _ => letter.into(),
+                };
+                let text: String = text.chars().map(escape).collect();
+                write!(f, "\"{text}\"")
+            }
+            Self::Other(()) => f.write_str("\"?\""),
+        }
+    }
 }

@@ -117,7 +117,7 @@ fn settings_are_read_from_variables() {
         (&[secret, ("SSE_QUEUE", "0")], "SSE_QUEUE"),
     ] {
         let problem = read(vars).err().expect(name);
-        assert!(problem.contains(name), "{problem}");
+        assert!(problem.to_string().contains(name), "{problem}");
     }
 }
 
@@ -143,9 +143,15 @@ fn a_secret_has_no_way_to_print() {
         Prints::<Key>::DEBUG,
         Prints::<Config>::DEBUG,
     ];
-    assert_eq!(printable, [true, false, false]);
+    assert_eq!(printable, [true, true, true]);
+    let shown = format!("{:?} {:#?}", config(SECRET), key(SECRET));
+    let bytes = format!("{:?}", &bytes_of_hex(SECRET)[..4]);
+    for secret in [&SECRET[..8], bytes.trim_matches(['[', ']'])] {
+        assert!(!shown.contains(secret), "{shown}");
+    }
+    assert!(shown.contains("max_topics: 64"), "{shown}");
     let wrong = format!("{}x", &SECRET[..63]);
-    let problem = Config::new(&wrong).err().unwrap();
+    let problem = Config::new(&wrong).unwrap_err().to_string();
     assert!(problem.contains("SSE_SECRET"), "{problem}");
     assert!(!problem.contains(&SECRET[..8]), "{problem}");
 }
@@ -175,8 +181,102 @@ fn what_may_not_be_sent_cannot_be_made() {
             "{topic:?} {name:?}"
         );
     }
-    assert!(key.mint_subscription(&["news", ""]).is_err());
+    assert!(key.mint_subscription(["news", ""]).is_err());
+    assert!(key.mint_subscription([&long]).is_err());
+    // A token without topics, or longer than a query may be, is one that the server refuses.
+    assert!(key.mint_subscription([""; 0]).is_err());
+    let many: Vec<String> = (0..64)
+        .map(|number| format!("{number}{}", &long[9..]))
+        .collect();
+    assert_eq!(key.mint_subscription(&many).unwrap_err().status, 414);
+    assert!(key.mint_subscription(&many[..8]).is_ok());
     assert!(Event::new(&long[1..], "", "").is_ok());
+}
+
+/// An embedding program writes fields as it likes: none arrives unchecked.
+#[test]
+fn bind_checks_every_setting() {
+    type Change = fn(&mut Config, u64);
+    let numbers: [(&str, Change, u64); 10] = [
+        ("SSE_TOKEN_TTL", |it, to| it.token_ttl = to, 1_000_000_000),
+        ("SSE_SUBMIT_TTL", |it, to| it.submit_ttl = to, 1_000_000_000),
+        (
+            "SSE_MAX_SUBSCRIBERS",
+            |it, to| it.max_subscribers = to,
+            1_000_000,
+        ),
+        ("SSE_MAX_TOPICS", |it, to| it.max_topics = to, 4096),
+        ("SSE_MAX_BODY", |it, to| it.max_body = to, 65_536),
+        ("SSE_QUEUE", |it, to| it.queue = to, 65_536),
+        ("SSE_HEARTBEAT", |it, to| it.heartbeat = to, 86_400),
+        ("SSE_RETRY", |it, to| it.retry = to, 86_400_000),
+        ("SSE_READ_TIMEOUT", |it, to| it.read_timeout = to, 86_400),
+        ("SSE_WRITE_TIMEOUT", |it, to| it.write_timeout = to, 86_400),
+    ];
+    let refused = |config: Config| {
+        let error = Server::bind(config).err().expect("refused");
+        assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
+        error.to_string()
+    };
+    for (name, change, most) in numbers {
+        for value in [0, most + 1, u64::MAX] {
+            let mut given = config(SECRET);
+            change(&mut given, value);
+            let problem = refused(given);
+            assert!(problem.contains(&format!("{name} is {value}")), "{problem}");
+        }
+        let mut given = config(SECRET);
+        change(&mut given, most);
+        assert!(Server::bind(given).is_ok(), "{name}");
+    }
+    for origin in ["", "*\r\nX: y", "https://a/"] {
+        let mut given = config(SECRET);
+        given.allow_origin = origin.into();
+        assert!(refused(given).contains("SSE_ALLOW_ORIGIN"));
+    }
+    let mut given = config(SECRET);
+    given.renew_url = Some("/\r\nX: y".into());
+    assert!(refused(given).contains("SSE_RENEW_URL"));
+}
+
+/// `?` in a function that returns any error takes all of ours, also across threads.
+#[test]
+fn every_error_is_one_for_the_standard_library() {
+    fn all() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let key = Config::new(&Key::fresh_secret()?)?.key;
+        let owned: Vec<String> = vec!["news".into()];
+        key.mint_subscription(&owned)?;
+        key.mint_subscription(["a", "b"])?;
+        Event::new("news", "", "")?;
+        let server = Server::bind(config(SECRET))?;
+        server.publish(&[])?;
+        Config::new("abc")?;
+        Ok(())
+    }
+    let problem = all().unwrap_err().to_string();
+    assert!(problem.contains("SSE_SECRET"), "{problem}");
+}
+
+/// What peers' users ask for: who is there?
+#[test]
+fn the_subscribers_can_be_counted() {
+    let key = key(SECRET);
+    let embedded = Embedded::start(config(SECRET));
+    let server = &embedded.server;
+    let count = || {
+        (
+            server.subscribers(),
+            server.subscribers_of("a"),
+            server.subscribers_of("b"),
+        )
+    };
+    assert_eq!(count(), (0, 0, 0));
+    let one = embedded.subscribe(&key, &["a"]);
+    let both = embedded.subscribe(&key, &["a", "b"]);
+    assert_eq!(count(), (2, 2, 1));
+    assert_eq!(server.subscribers_of(""), 0);
+    drop((one, both));
+    assert!(wait_until(DEADLINE, || count() == (0, 0, 0)));
 }
 
 #[test]

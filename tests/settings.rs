@@ -3,9 +3,11 @@
 mod support;
 
 use std::ffi::OsStr;
+use std::fs;
 use std::io::Read;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::process::{Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -119,7 +121,8 @@ fn an_address_that_is_none_ends_the_start_with_status_2() {
     }
 }
 
-/// It stands in the head of every answer: a line break in it would forge header fields.
+/// It stands in the head of every answer: a line break in it would forge header fields. And one that
+/// no browser sends would shut out the page that it was meant for, without a word.
 #[test]
 fn an_origin_that_is_none_ends_the_start_with_status_2() {
     for value in [
@@ -130,14 +133,65 @@ fn an_origin_that_is_none_ends_the_start_with_status_2() {
         "*\n",
         "https://\u{e4}.example",
         "\u{7f}",
+        "https://a/",
+        "https://a/path",
+        "https://a?x",
+        "a.example",
+        "//a.example",
+        "https://",
+        "https://*.a",
+        "*.a",
+        "HTTPS://A",
+        "https://A",
+        "https://a:443",
+        "http://a:80",
+        "http://[::1]:80",
+        "https://a:0x1f",
+        "https://a:65536",
+        "https://a:",
+        "https://user@a",
+        "*,https://a",
+        "https://a,",
+        "https://a,,https://b",
+        "https://a https://b",
+        "https://a;https://b",
+        "Null",
     ] {
         let settings = [("SSE_LISTEN", "127.0.0.1:0"), ("SSE_ALLOW_ORIGIN", value)];
-        expect_refusal(
-            &run(&settings, &[]),
-            "SSE_ALLOW_ORIGIN",
-            &format!("{value:?}"),
-        );
+        let output = run(&settings, &[]);
+        expect_refusal(&output, "SSE_ALLOW_ORIGIN", &format!("{value:?}"));
+        let problem = text(&output.stderr);
+        assert!(problem.contains("https://app.example"), "{problem}");
     }
+}
+
+/// So does a `Location`; and a relative one would depend on where the server is mounted.
+#[test]
+fn a_url_that_is_none_ends_the_start_with_status_2() {
+    for value in [
+        "",
+        " ",
+        "events",
+        "ftp://a/",
+        "/a b",
+        "/\r\nX: y",
+        "/\u{e4}",
+        "javascript:x",
+    ] {
+        let settings = [("SSE_LISTEN", "127.0.0.1:0"), ("SSE_RENEW_URL", value)];
+        let output = run(&settings, &[]);
+        expect_refusal(&output, "SSE_RENEW_URL", &format!("{value:?}"));
+    }
+}
+
+/// A binary that cannot do it would be an instance that hears a part of the events.
+#[test]
+fn a_feature_that_the_binary_lacks_ends_the_start_with_status_2() {
+    let settings = [
+        ("SSE_LISTEN", "127.0.0.1:0"),
+        ("SSE_REDIS", "redis://127.0.0.1:6379"),
+    ];
+    expect_refusal(&run(&settings, &[]), "SSE_REDIS", "no feature");
 }
 
 /// A server without its secret, or with half of one, would refuse every token; with an empty one
@@ -159,6 +213,7 @@ fn a_secret_that_is_none_ends_the_start_with_status_2() {
         &format!(" {}", &SECRET[1..]),
         &format!("{SECRET},"),
         &format!(",{SECRET}"),
+        &format!("{SECRET} {SECRET}"),
         &format!("{two},{SECRET}"),
         &format!("{SECRET},{}", &SECRET[2..]),
         &format!("{SECRET}{SECRET}"),
@@ -170,6 +225,115 @@ fn a_secret_that_is_none_ends_the_start_with_status_2() {
         // The log of a start that failed is what people paste into bug reports.
         assert!(value.len() < 9 || !shown.contains(&value[..8]), "{shown}");
     }
+}
+
+/// Whoever reads the message knows what to do, without a look into the README.
+#[test]
+fn a_secret_that_is_none_says_what_is_wrong_with_it() {
+    let listen = ("SSE_LISTEN", "127.0.0.1:0");
+    let unset = binary(&[listen]).env_remove("SSE_SECRET").output().unwrap();
+    let with = |value: &str| run(&[listen, ("SSE_SECRET", value)], &[]);
+    for (output, cause) in [
+        (unset, "is not set"),
+        (with(""), "is empty"),
+        (with("  "), "is empty"),
+        (with(&format!("\"{SECRET}\"")), "quotes"),
+        (with(&format!("'{SECRET}'")), "quotes"),
+        (with(&format!("{}g", &SECRET[1..])), "no hex digit"),
+        (with("supersecretkeyyoushouldnotcommit"), "no hex digit"),
+        (with(&SECRET[2..]), "too few hex digits"),
+        (with(&format!("{SECRET}00")), "too many"),
+        (with(&[SECRET, SECRET, SECRET].join(",")), "too many"),
+    ] {
+        expect_refusal(&output, "SSE_SECRET", cause);
+        let problem = text(&output.stderr);
+        for part in [cause, "sse-server secret", "64 hex digits"] {
+            assert!(problem.contains(part), "{part}: {problem}");
+        }
+    }
+}
+
+/// Files, shells and templates leave white space around what they hold.
+#[test]
+fn white_space_around_a_key_is_ignored() {
+    let other = "01".repeat(32);
+    for secret in [
+        format!(" {SECRET} "),
+        format!("{SECRET}\n"),
+        format!("\t{other} ,\r\n{SECRET}\r\n"),
+    ] {
+        let server = TestServer::start(&[("SSE_SECRET", &secret)]);
+        let token = mint(SECRET, &topics_payload(&["news"]), now());
+        drop(server.stream(&token));
+    }
+}
+
+/// Kubernetes and systemd hand secrets over as files.
+#[test]
+fn the_secret_may_stand_in_a_file() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let path = folder.join("secret_in_a_file");
+    fs::write(&path, format!("{SECRET}\n")).unwrap();
+    let path = path.to_str().unwrap();
+    let command = |settings: &[(&str, &str)], args: &[&str]| {
+        let mut command = binary(settings);
+        command
+            .env_remove("SSE_SECRET")
+            .args(args)
+            .output()
+            .unwrap()
+    };
+    let token = command(&[("SSE_SECRET_FILE", path)], &["token", "news"]);
+    let token = stdout_of(token);
+    let server = TestServer::start(&[]);
+    drop(server.stream(token.trim()));
+    // The right key serves, so a file is no way to serve without one.
+    let listen = ("SSE_LISTEN", "127.0.0.1:0");
+    for (name, content) in [("empty", ""), ("wrong", "abc"), ("other", "\0")] {
+        let path = folder.join(format!("secret_{name}"));
+        fs::write(&path, content).unwrap();
+        let path = path.to_str().unwrap();
+        expect_refusal(
+            &command(&[listen, ("SSE_SECRET_FILE", path)], &[]),
+            "SSE_SECRET",
+            name,
+        );
+    }
+    let absent = command(&[listen, ("SSE_SECRET_FILE", "/nonexistent")], &[]);
+    expect_refusal(&absent, "SSE_SECRET_FILE", "absent");
+    assert!(text(&absent.stderr).contains("/nonexistent"));
+    let both = run(&[listen, ("SSE_SECRET_FILE", path)], &[]);
+    expect_refusal(&both, "SSE_SECRET_FILE", "both");
+}
+
+/// Who writes localhost means this machine, and most often 127.0.0.1.
+#[test]
+fn an_address_may_be_a_host_name() {
+    let server = TestServer::start(&[("SSE_LISTEN", "localhost:0")]);
+    assert_eq!(server.addr.ip().to_string(), "127.0.0.1");
+    assert_eq!(server.get("/ping").status, 200);
+}
+
+/// At debug level the log tells the life of each stream: but neither its topics nor its token.
+#[test]
+fn sse_log_says_what_is_logged() {
+    let listen = ("SSE_LISTEN", "127.0.0.1:0");
+    expect_refusal(&run(&[listen, ("SSE_LOG", "loud")], &[]), "SSE_LOG", "loud");
+    let server = TestServer::start(&[("SSE_LOG", "debug")]);
+    let token = server.token(&["first-topic", "second-topic"]);
+    drop(server.stream(&token));
+    let opened = server.wait_for_log("stream opened: ");
+    assert!(opened.contains(" topics=2"), "{opened}");
+    let ended = server.wait_for_log("stream ended: ");
+    assert!(ended.contains("reason=left"), "{ended}");
+    for secret in [&*token, "first-topic", "second-topic"] {
+        assert!(!server.log().contains(secret), "{secret}");
+    }
+    assert!(!server.log().contains("no setting of this server"));
+    let quiet = TestServer::start(&[]);
+    drop(quiet.subscribe(&["news"]));
+    quiet.wait_for_metric("sse_streams_ended_total{reason=\"left\"}", 1);
+    assert_eq!(quiet.log().lines().count(), 1, "{}", quiet.log());
 }
 
 #[test]
@@ -473,20 +637,14 @@ fn the_soft_descriptor_limit_is_raised_to_the_hard_one() {
 fn a_port_that_is_taken_ends_the_start_with_status_1() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    for settings in [
-        vec![("SSE_LISTEN", &*address)],
-        vec![
-            ("SSE_LISTEN", "127.0.0.1:0"),
-            ("SSE_METRICS_LISTEN", &address),
-        ],
-    ] {
-        let output = run(&settings, &[]);
+    for name in ["SSE_LISTEN", "SSE_METRICS_LISTEN"] {
+        let output = run(&[("SSE_LISTEN", "127.0.0.1:0"), (name, &address)], &[]);
         let problem = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{problem}");
-        assert!(
-            problem.contains(&address) && problem.contains("in use"),
-            "{problem}"
-        );
+        // The setting that has to be changed is named.
+        for part in [&address, "in use", &format!("{name} ")] {
+            assert!(problem.contains(part), "{part}: {problem}");
+        }
     }
     // An address of another machine.
     let output = run(&[("SSE_LISTEN", "192.0.2.1:8000")], &[]);
@@ -500,7 +658,7 @@ fn a_port_that_is_taken_ends_the_start_with_status_1() {
 /// told when to come back.
 #[test]
 fn a_signal_drains_every_stream_and_ends_with_status_0() {
-    for signal in ["TERM", "INT"] {
+    for signal in ["TERM", "INT", "HUP"] {
         let settings = [PATIENT[0], PATIENT[1], ("SSE_RETRY", "500")];
         let mut server = TestServer::start(&settings);
         let mut quick: Vec<_> = (0..5).map(|_| server.subscribe(&["small"])).collect();
@@ -740,6 +898,76 @@ fn a_command_that_cannot_do_what_it_is_told_says_why() {
     }
 }
 
+/// The answer to "why is this a 401", as JSON.
+#[test]
+fn open_says_what_a_token_holds_or_why_it_is_refused() {
+    let open = |settings: &[(&str, &str)], token: &str| -> serde_json::Value {
+        let output = stdout_of(run(settings, &["open", token]));
+        serde_json::from_str(&output).unwrap_or_else(|error| panic!("{error}: {output}"))
+    };
+    let topics = ["news", "caf\u{e9} \u{1f980}", "a\"b\\c\n\0\u{7f}\u{2028}"];
+    let payload = topics_payload(&topics);
+    let told = open(&[], &mint(SECRET, &payload, now() - 10));
+    assert_eq!(told["holds"], serde_json::json!({ "topics": topics }));
+    assert_eq!(told["key"], 1);
+    let age = told["age"].as_u64().unwrap();
+    assert!((10..60).contains(&age), "{told}");
+    let until = told["good_until"].as_u64().unwrap();
+    assert_eq!(until + age, u64::from(now()) + 86_400, "{told}");
+    let events = events_payload(&[("news", "update", "21 \u{b0}C"), ("news", "", "")]);
+    let other = "01".repeat(32);
+    let two = [("SSE_SECRET", &*format!("{other},{SECRET}"))];
+    let told = open(&two, &mint(SECRET, &events, now()));
+    assert_eq!(told["holds"]["events"][0]["data"], "21 \u{b0}C");
+    assert_eq!(told["key"], 2);
+    let output = run_with_input(
+        &[],
+        &["open", "-"],
+        format!("{}\n", mint(SECRET, &events, now())).as_bytes(),
+    );
+    assert!(stdout_of(output).contains("\"update\""));
+    for (token, cause) in [
+        (mint(&other, &payload, now()), "another SSE_SECRET"),
+        (
+            mint(SECRET, &payload, now() - 90_000),
+            "expired 3600 seconds ago",
+        ),
+        (mint(SECRET, &events, now() - 310), "expired 10 seconds ago"),
+        (
+            mint(SECRET, &payload, now() + 3600),
+            "dated 3600 seconds ahead",
+        ),
+        (mint(SECRET, &topics_payload(&[]), now()), "SSE_MAX_TOPICS"),
+        (mint(SECRET, b"{\"topics\": [\"news\"]}", now()), "JSON"),
+        ("{\"topics\": [\"news\"]}".into(), "JSON"),
+        ("".into(), "no token"),
+        ("abc".into(), "Branca"),
+    ] {
+        let told = open(&[], &token);
+        let refused = told["refused"].as_str().unwrap();
+        assert!(refused.contains(cause), "{cause}: {refused}");
+    }
+}
+
+/// Wherever it stands: whoever asks for help gets it.
+#[test]
+fn help_is_given_anywhere() {
+    for args in [
+        &["help"][..],
+        &["--help"],
+        &["token", "--help"],
+        &["--help", "x"],
+        &["-h"],
+    ] {
+        let output = binary(&[])
+            .env_remove("SSE_SECRET")
+            .args(args)
+            .output()
+            .unwrap();
+        assert!(stdout_of(output).starts_with("usage: "), "{args:?}");
+    }
+}
+
 /// What a container without a shell uses as its health check: a server that hangs is not healthy.
 #[test]
 fn ping_tells_a_live_server_from_a_dead_one() {
@@ -804,7 +1032,8 @@ fn anything_else_prints_the_usage_and_ends_with_status_2() {
         &["event", "news"],
         &["event", "news", "update", "21", "C"],
         &["ping", "x"],
-        &["--help", "x"],
+        &["open"],
+        &["open", "x", "y"],
         &["--version", "x"],
     ] {
         let output = run(&[("SSE_LISTEN", "127.0.0.1:0")], args);

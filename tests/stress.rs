@@ -248,7 +248,7 @@ const HEAD: &str = "HEAD\r\n\r\n";
 
 fn config(queue: u32) -> Config {
     let mut config = Config::new(SECRET).unwrap();
-    (config.queue, config.heartbeat, config.write_timeout) = (queue, 600, 600);
+    (config.queue, config.heartbeat, config.write_timeout) = (queue.into(), 600, 600);
     config
 }
 

@@ -23,7 +23,9 @@ def test_the_shell_lines_show_an_event(start):
     port = free_port()
     env = {name: value for name, value in os.environ.items() if not name.startswith("SSE_")}
     run = start(Process, ["make", "run"], env | {"SSE_LISTEN": f"127.0.0.1:{port}"}, ROOT)
-    run.wait_for(lambda: any("listening" in line for line in run.lines), "serving", within=110)
+    # What is printed last is printed once it serves.
+    run.wait_for(lambda: any("sse-server event" in line for line in run.lines), "serving", within=110)
+    assert requests.get(f"http://127.0.0.1:{port}/ping", timeout=DEADLINE).ok
 
     printed = [line.strip() for line in run.lines if re.match(r"  \S", line)]
     make, lines, publish = snippets("sh")
@@ -31,7 +33,8 @@ def test_the_shell_lines_show_an_event(start):
     lines = [*lines.splitlines(), *publish.splitlines()]
     secret = re.search(r"SSE_SECRET=(\w{64})", printed[0])[1]
     written = [line.replace("SSE_SECRET=…", f"SSE_SECRET={secret}") for line in lines]
-    assert written == [line.replace(f"PATH={ROOT}/", "PATH=$PWD/") for line in printed]
+    printed = [line.replace(f"PATH={ROOT}/", "PATH=$PWD/") for line in printed]
+    assert written == [line.replace(f"127.0.0.1:{port}", "localhost:8000") for line in printed]
 
     export, *lines = (line.replace(":8000", f":{port}") for line in written)
     listening, telling = (["sh", "-c", f"{export}; {line}"] for line in lines)
@@ -42,6 +45,16 @@ def test_the_shell_lines_show_an_event(start):
     reader.find("event: update")
     reader.find("data: 21C")
     assert run.stop() in (0, -15)  # make reports the signal it got, or what the server said
+
+
+def test_a_port_that_is_taken_is_said_and_nothing_is_printed_that_is_not_true(start, serve):
+    taken = serve().url.removeprefix("http://")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SSE_")}
+    run = start(Process, ["make", "run"], env | {"SSE_LISTEN": taken}, ROOT)
+    run.child.wait(timeout=110)
+    run.reader.join(DEADLINE)
+    assert any("in use" in line and "SSE_LISTEN" in line for line in run.lines), run.lines
+    assert not any("subscribe" in line for line in run.lines), run.lines
 
 
 @pytest.fixture
