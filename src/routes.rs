@@ -2,11 +2,13 @@
 
 use tiny_http::Method::{Get, Head, Options, Post};
 
-use crate::http::{Answer, Request};
+use crate::http::{Answer, Body, Request};
 use crate::{error::Refusal, error::ensure, hub::Hub};
 
 /// Characters in the longest token of a query: 64 topics of 40 bytes; a millisecond to open.
 const MAX_TOKEN: usize = 4096;
+
+const JSON: &str = "Content-Type: application/json\r\n";
 
 const TEXT: &str = "Content-Type: text/plain; charset=utf-8\r\n";
 
@@ -31,10 +33,10 @@ pub enum Door {
 /// Answers a request, or what was refused as none; counts, and says in the log what is wrong.
 /// Nothing where the connection is to be closed unanswered. Blocks where [`Hub::publish`] does, and
 /// for seconds at most where others have long tokens opened.
-pub fn reply(hub: &Hub, door: Door, request: &Result<Request, Refusal>) -> Option<Answer> {
+pub fn reply(hub: &Hub, door: Door, request: &Result<Request, Option<Refusal>>) -> Option<Answer> {
     let decided = match request {
         Ok(request) => decide(hub, door, request),
-        Err(refusal) => Err(refusal.clone()),
+        Err(refusal) => Err(refusal.clone()?),
     };
     let mut accepted = request.iter().flat_map(|it| it.values("Accept"));
     let mut answer = match decided {
@@ -74,25 +76,16 @@ fn refuse(hub: &Hub, Refusal { status, text }: &Refusal) -> Answer {
         503 => "Retry-After: 5\r\n",
         _ => "",
     };
-    answer(*status, &[TEXT, field], format!("{text}\n"))
+    let fields = [TEXT, field].concat();
+    answer(*status, fields, Body::Text(format!("{text}\n")))
 }
 
-fn answer(status: u16, fields: &[&str], body: String) -> Answer {
-    let length = format!("Content-Length: {}\r\n", body.len());
+fn answer(status: u16, fields: impl Into<String>, body: Body) -> Answer {
     Answer {
         status,
-        fields: fields.concat() + &length,
+        fields: fields.into(),
         body,
-        stream: None,
-    }
-}
-
-fn answer_without_body(status: u16, fields: String) -> Answer {
-    Answer {
-        status,
-        fields,
-        body: String::new(),
-        stream: None,
+        authentic: false,
     }
 }
 
@@ -101,14 +94,16 @@ fn decide(hub: &Hub, door: Door, request: &Request) -> Result<Answer, Refusal> {
         (Door::Public, _, Options) => return Ok(preflight(request)),
         (Door::Public, "/events", Get | Head) => return open_stream(hub, request),
         (Door::Public, "/submit", Post) => return submit(hub, request),
-        (Door::Public, "/ping", Get | Head) => return Ok(answer(200, &[TEXT], "ok\n".into())),
+        (Door::Public, "/ping", Get | Head) => {
+            return Ok(answer(200, TEXT, Body::Text("ok\n".into())));
+        }
         (Door::Public, "/events" | "/ping", _) => (405, "GET, HEAD, OPTIONS"),
         (Door::Public, "/submit", _) => (405, "POST, OPTIONS"),
         (Door::Public, ..) => (404, "no such path: try /events, /submit or /ping"),
         (Door::Metrics, "/metrics", Get | Head) => {
             let (subscribers, topics) = (hub.subscribers(), hub.topics());
             let page = hub.metrics.print(subscribers, hub.capacity, topics);
-            return Ok(answer(200, &[PROMETHEUS], page));
+            return Ok(answer(200, PROMETHEUS, Body::Text(page)));
         }
         (Door::Metrics, "/metrics", _) => (405, "GET, HEAD"),
         (Door::Metrics, ..) => (404, "no such path: try /metrics"),
@@ -124,11 +119,7 @@ fn open_stream(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
     let (ttl, max_topics) = (config.token_ttl, config.max_topics);
     let topics = config.key.open_subscription(token, ttl, max_topics)?;
     hub.room()?;
-    let chunked = "Transfer-Encoding: chunked\r\n";
-    let fields = [STREAM, if request.modern { chunked } else { "" }];
-    let mut answer = answer_without_body(200, fields.concat());
-    answer.stream = Some(topics).filter(|_| request.method == Get);
-    Ok(answer)
+    Ok(answer(200, STREAM, Body::Stream(topics)))
 }
 
 fn submit(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
@@ -141,7 +132,9 @@ fn submit(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
     let receipt = hub.publish(&events)?;
     let (events, deliveries) = (receipt.events, receipt.deliveries);
     let text = format!("{{\"events\": {events}, \"deliveries\": {deliveries}}}\n");
-    Ok(answer(200, &["Content-Type: application/json\r\n"], text))
+    let mut answer = answer(200, JSON, Body::Text(text));
+    answer.authentic = true;
+    Ok(answer)
 }
 
 /// What a browser asks before a page may send fields of its own: those that it names are allowed,
@@ -149,5 +142,5 @@ fn submit(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
 fn preflight(request: &Request) -> Answer {
     let named = request.values("Access-Control-Request-Headers");
     let named: String = named.map(|name| format!(", {name}")).collect();
-    answer_without_body(204, format!("{PREFLIGHT}{named}\r\n"))
+    answer(204, format!("{PREFLIGHT}{named}\r\n"), Body::Nothing)
 }

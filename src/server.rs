@@ -2,19 +2,17 @@
 //! the pool.
 
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, atomic::AtomicUsize, atomic::Ordering::SeqCst};
+use std::sync::{Arc, atomic::Ordering::SeqCst};
 use std::{io, io::ErrorKind, thread, time::Duration, time::Instant};
 
 use crossbeam_channel::bounded;
 use rlimit::Resource;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
-use tiny_http::Method;
 
-use crate::http::{Connection, Waiting};
+use crate::http::{Body, Connection, Waiting};
 use crate::routes::{Door, reply};
 use crate::{config::Config, error::Refusal, event::Event, hub::Hub, hub::Receipt};
-use crate::{subscriber::Lane, subscriber::Stream, writer};
+use crate::{subscriber::Lane, writer};
 
 /// Connections the kernel completes before we accept them. With std's 128, 5,000 clients that
 /// reconnected at once took 20 s and more; with this, 0.2 s.
@@ -37,10 +35,6 @@ const IDLE: Duration = Duration::from_secs(5);
 /// Address space for each of them; what is touched of it, about 16 KiB, becomes memory.
 const STACK: usize = 512 * 1024;
 
-/// Threads that write: as many as the cores of the smallest machines. More gain little, since
-/// they meet at the hub's lock and in the kernel.
-const WRITERS: usize = 2;
-
 /// How long an ending server waits for its subscribers to take what is queued.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -55,8 +49,8 @@ pub struct Server {
     waiting: Waiting,
     /// Connections on their way to a thread. One that is given none ends.
     pool: Lane<Option<(TcpStream, Door)>>,
-    /// All that this server has started and that have not ended.
-    threads: AtomicUsize,
+    /// Each thread that this server has started holds a clone until it ends, or panics.
+    threads: Arc<()>,
 }
 
 impl Server {
@@ -80,7 +74,7 @@ impl Server {
             hub: Hub::new(config, capacity),
             waiting: Waiting::default(),
             pool: Lane { sender, receiver },
-            threads: AtomicUsize::new(0),
+            threads: Arc::new(()),
         }))
     }
 
@@ -126,7 +120,17 @@ impl Server {
     /// # Errors
     /// Where the system has too few threads left. Then nothing is served.
     pub fn run(self: &Arc<Self>) -> io::Result<()> {
-        let started = self.start_threads();
+        let threads: [fn(&Arc<Self>); _] = [
+            // Two, as the smallest machines have cores. More gain little, since they meet at the
+            // hub's lock and in the kernel.
+            |server| writer::run(&server.hub),
+            |server| writer::run(&server.hub),
+            |server| writer::keep(&server.hub),
+            // The first of the pool, without which there is no service; more come as needed.
+            |server| server.work(),
+            |server| server.accept(server.metrics_listener.as_ref(), Door::Metrics),
+        ];
+        let started = threads.into_iter().try_for_each(|work| self.spawn(work));
         match &started {
             Ok(()) => self.accept(Some(&self.listener), Door::Public),
             Err(_) => self.shutdown(),
@@ -137,7 +141,7 @@ impl Server {
         }
         self.hub.end();
         // Whoever still waits for a client, or for a connection.
-        while self.threads.load(SeqCst) > 0 {
+        while Arc::strong_count(&self.threads) > 1 {
             for socket in self.waiting.lock().values() {
                 _ = socket.shutdown(Shutdown::Both);
             }
@@ -145,16 +149,6 @@ impl Server {
         }
         self.hub.end();
         started
-    }
-
-    fn start_threads(self: &Arc<Self>) -> io::Result<()> {
-        for _ in 0..WRITERS {
-            self.spawn(|server| writer::run(&server.hub))?;
-        }
-        self.spawn(|server| writer::keep(&server.hub))?;
-        // The first of the pool, without which there is no service; more are started as needed.
-        self.spawn(|server| server.work())?;
-        self.spawn(|server| server.accept(server.metrics_listener.as_ref(), Door::Metrics))
     }
 
     /// Ends [`Server::run`], which takes no more connections, drains and returns. Does not wait.
@@ -170,15 +164,12 @@ impl Server {
 
     /// Starts a thread. A panic ends it, and nothing else.
     fn spawn(self: &Arc<Self>, work: fn(&Arc<Self>)) -> io::Result<()> {
-        let (server, thread) = (self.clone(), thread::Builder::new().stack_size(STACK));
-        self.threads.fetch_add(1, SeqCst);
+        let (server, running) = (self.clone(), self.threads.clone());
+        let thread = thread::Builder::new().stack_size(STACK);
         let spawned = thread.spawn(move || {
-            _ = catch_unwind(AssertUnwindSafe(|| work(&server)));
-            server.threads.fetch_sub(1, SeqCst);
+            let _running = running;
+            work(&server);
         });
-        if spawned.is_err() {
-            self.threads.fetch_sub(1, SeqCst);
-        }
         spawned.map(drop)
     }
 
@@ -211,7 +202,7 @@ impl Server {
                 Ok(()) => return,
                 Err(nobody) => arrival = nobody.into_inner(),
             }
-            let full = self.threads.load(SeqCst) >= MAX_THREADS;
+            let full = Arc::strong_count(&self.threads) > MAX_THREADS;
             if full || self.spawn(|server| server.work()).is_err() {
                 self.make_room();
             }
@@ -236,43 +227,25 @@ impl Server {
     /// A thread of the pool: one connection after the other.
     fn work(&self) {
         while let Ok(Some((socket, door))) = self.pool.receiver.recv_timeout(IDLE) {
-            _ = socket.set_nodelay(true);
             let connection = Connection::new(socket, &self.hub.config, &self.waiting);
-            self.serve(connection, door);
+            _ = connection.map(|connection| self.serve(connection, door));
         }
     }
 
     /// Answers the requests of a connection until it ends or becomes a stream.
-    fn serve(&self, mut connection: Connection, door: Door) {
+    fn serve(&self, mut connection: Connection, door: Door) -> Option<()> {
         loop {
-            let request = match connection.receive() {
-                Ok(request) => Ok(request),
-                Err(Some(refusal)) => Err(refusal),
-                Err(None) => return,
-            };
-            let Some(mut answer) = reply(&self.hub, door, &request) else {
-                return;
-            };
-            if let Some(topics) = answer.stream.take() {
-                let chunked = request.is_ok_and(|request| request.modern);
-                let (head, config) = (answer.head(true), &self.hub.config);
-                if let Ok(socket) = connection.into_stream() {
-                    end_if_vanished(&socket, Duration::from_secs(config.write_timeout));
-                    let stream = Stream::new(Box::new(socket), head, chunked, config.retry);
-                    self.hub.subscribe(topics, stream);
-                }
-                return;
+            let answer = reply(&self.hub, door, &connection.receive())?;
+            if let Body::Stream(topics) = &answer.body
+                && !connection.head_only
+            {
+                let patience = Duration::from_secs(self.hub.config.write_timeout);
+                end_if_vanished(connection.socket(), patience);
+                let stream = connection.into_stream(&answer).ok()?;
+                self.hub.subscribe(topics.clone(), stream);
+                return None;
             }
-            let method = request.as_ref().map(|request| &request.method);
-            // Nothing else is answered so than a submission that was opened.
-            if method == Ok(&Method::Post) && answer.status == 200 {
-                connection.is_authentic();
-            }
-            let (head_only, ending) = (method == Ok(&Method::Head), &self.hub.closed);
-            let last = ending.load(SeqCst) || request.map_or(true, |it| it.last);
-            if connection.answer(&answer, head_only, last).is_err() || last {
-                return connection.close();
-            }
+            connection = connection.answer(&answer, self.hub.closed.load(SeqCst))?;
         }
     }
 }
