@@ -11,7 +11,7 @@ use std::{str::FromStr, sync::Arc, time::Duration, time::Instant};
 use parking_lot::Mutex;
 use tiny_http::{HTTPVersion, Header, Method, Response, StatusCode};
 
-use crate::{config::Config, error::Refusal, error::ensure, event::Topics, subscriber::Stream};
+use crate::{config::Config, error::Refusal, error::ensure, event::Topics};
 
 /// Bytes of a request line and its header fields together: what nginx takes of one line.
 const MAX_HEAD: u64 = 8 * 1024;
@@ -19,47 +19,49 @@ const MAX_HEAD: u64 = 8 * 1024;
 /// Bytes that are read ahead: of a head, or of the requests behind this one.
 const BUFFER: usize = 4 * 1024;
 
-/// How long a client may take to read the last answer of a connection. To close while its bytes
+/// Seconds a client may take to read the last answer of a connection. To close while its bytes
 /// are unread would reset it, and the answer would be lost.
-const LINGER: Duration = Duration::from_secs(1);
+const LINGER: u64 = 1;
 
 /// A request that is whole and well-formed.
 pub struct Request {
     pub method: Method,
     pub path: String,
     pub query: String,
+    /// HTTP/1.1, whose clients understand chunks.
+    pub modern: bool,
     /// A byte above 0x7F in a value, which browsers and proxies do send, stands here as 0x7F.
     pub fields: Vec<Header>,
     /// Nothing where it is longer than `SSE_MAX_BODY`: then it is left unread.
     pub body: Option<Vec<u8>>,
 }
 
+/// What came, or why it is no request, to be answered; or nothing, where the client left, was
+/// silent for too long, or made room: then the connection has to be closed.
+pub type Received<T> = Result<T, Option<Refusal>>;
+
 pub struct Answer {
     pub status: u16,
-    /// Whole lines, all but those that say where the body ends and how the connection goes on.
+    /// Whole lines, all but those that say how the connection goes on.
     pub fields: String,
-    pub body: Body,
-    /// To a request that was made with the secret.
+    /// Nothing where there cannot be one. A HEAD request is told its length alone.
+    pub body: String,
+    /// The connection becomes a stream of these topics, which begins with this head.
+    pub stream: Option<Topics>,
+    /// The request was made with the secret.
     pub authentic: bool,
-}
-
-pub enum Body {
-    Nothing,
-    Text(String),
-    /// The connection becomes a stream of these topics, unless only the head was asked for.
-    Stream(Topics),
 }
 
 /// Connections whose threads wait for their clients, in the order in which they are closed to make
 /// room. One that is being answered is not among them. Locked for a step in the tree.
 pub type Waiting = Mutex<BTreeMap<Standing, Arc<TcpStream>>>;
 
-/// Whether it was authentic: those that never were go first. Since when: who came first goes first,
-/// so that neither dripping nor asking for `/ping` all the time makes a connection young again. And
-/// what tells those of one moment apart.
+/// Whether it has sent an authentic submission: those that have not go first. When it came, or was
+/// last authentic: who came first goes first, so that neither dripping nor asking for `/ping` all
+/// the time makes a connection young again. And what tells those of one moment apart.
 type Standing = (bool, Instant, RawFd);
 
-/// What is read until a deadline, however it drips.
+/// A socket that is read until a deadline, however that drips.
 struct Socket {
     stream: Arc<TcpStream>,
     deadline: Instant,
@@ -69,15 +71,10 @@ pub struct Connection<'a> {
     reader: BufReader<Socket>,
     config: &'a Config,
     waiting: &'a Waiting,
-    /// Has sent an authentic submission.
-    authentic: bool,
-    /// When it came, or was last authentic.
-    since: Instant,
-    /// The client speaks HTTP/1.1, and understands chunks.
-    modern: bool,
-    /// Only the head of the next answer is sent.
-    pub head_only: bool,
-    /// The next answer ends the connection.
+    standing: Standing,
+    /// The next answer has no body.
+    head_only: bool,
+    /// The next answer ends it.
     last: bool,
 }
 
@@ -92,159 +89,111 @@ impl Request {
 
 impl Read for Socket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        // No time left is an error here.
+        let left = self.deadline.checked_duration_since(Instant::now());
+        let left = left.ok_or(ErrorKind::WouldBlock)?;
         self.stream.set_read_timeout(Some(left))?;
         (&*self.stream).read(buffer)
     }
 }
 
 impl<'a> Connection<'a> {
-    /// # Errors
-    /// Where the socket is gone.
-    pub fn new(stream: TcpStream, config: &'a Config, waiting: &'a Waiting) -> io::Result<Self> {
-        stream.set_nodelay(true)?;
-        stream.set_write_timeout(Some(Duration::from_secs(config.read_timeout)))?;
+    pub fn new(stream: TcpStream, config: &'a Config, waiting: &'a Waiting) -> Self {
+        let standing = (false, Instant::now(), stream.as_raw_fd());
         let (stream, deadline) = (Arc::new(stream), Instant::now());
-        let socket = Socket { stream, deadline };
-        Ok(Self {
-            reader: BufReader::with_capacity(BUFFER, socket),
+        Self {
+            reader: BufReader::with_capacity(BUFFER, Socket { stream, deadline }),
             config,
             waiting,
-            authentic: false,
-            since: Instant::now(),
-            modern: false,
+            standing,
             head_only: false,
             last: false,
-        })
+        }
     }
 
     pub fn socket(&self) -> &TcpStream {
         &self.reader.get_ref().stream
     }
 
-    /// Does what depends on the client. Nothing where the connection was closed meanwhile, to make
-    /// room for another: then it has to be let go of at once.
-    fn wait<T>(&mut self, act: impl FnOnce(&mut Self) -> T) -> Option<T> {
-        let stream = self.reader.get_ref().stream.clone();
-        let standing = (self.authentic, self.since, stream.as_raw_fd());
+    /// Does what its client takes its time for, so many seconds at most. Whoever is closed to make
+    /// room meanwhile has to let go at once.
+    fn wait<T>(&mut self, time: u64, act: impl FnOnce(&mut Self) -> Received<T>) -> Received<T> {
+        let socket = self.reader.get_mut();
+        socket.deadline = Instant::now() + Duration::from_secs(time);
+        let (standing, stream) = (self.standing, socket.stream.clone());
         self.waiting.lock().insert(standing, stream);
         let result = act(self);
         let remained = self.waiting.lock().remove(&standing);
-        remained.map(|_| result)
-    }
-
-    fn grant(&mut self, time: Duration) {
-        self.reader.get_mut().deadline = Instant::now() + time;
+        remained.ok_or(None).and(result)
     }
 
     /// The next request. Waits for the client, but no longer than the settings say.
-    ///
-    /// # Errors
-    /// Why what came is no request, to be answered; or nothing, where the client left, was silent
-    /// for too long, or made room: then the connection has to be closed.
-    pub fn receive(&mut self) -> Result<Request, Option<Refusal>> {
-        self.wait(Self::read_request).unwrap_or(Err(None))
-    }
-
-    fn read_request(&mut self) -> Result<Request, Option<Refusal>> {
-        let patience = Duration::from_secs(self.config.read_timeout);
+    pub fn receive(&mut self) -> Received<Request> {
         // What is no request has no end behind which the next could begin.
-        (self.last, self.head_only) = (true, false);
-        self.grant(patience);
-        // Some clients send a line end behind a body: RFC 9112, section 2.2.
-        let is_line_end = |byte: &io::Result<u8>| matches!(byte, Ok(b'\r' | b'\n'));
-        let mut bytes = self.reader.by_ref().bytes().skip_while(is_line_end);
-        let first = [bytes.next().and_then(Result::ok).ok_or(None)?];
-        self.grant(patience);
-        let begins = is_token(&char::from(first[0]).to_string());
-        ensure(begins, 400, "this is no HTTP request")?;
-        let mut head = first.as_slice().chain(&mut self.reader).take(MAX_HEAD);
-        // Judged before the rest has come: whoever speaks another protocol need not wait.
-        let line = read_line(&mut head, 414)?;
-        let (method, target, modern) = parse_request_line(&line)?;
-        let (path, query) = target.split_once('?').unwrap_or((target, ""));
-        let mut request = Request {
-            method: method.parse().expect("a token is a method"),
-            path: path.into(),
-            query: query.into(),
-            fields: Vec::new(),
-            body: None,
-        };
-        let mut line = read_line(&mut head, 431)?;
-        while !line.is_empty() {
-            request.fields.push(parse_field(&line)?);
-            line = read_line(&mut head, 431)?;
-        }
-        (self.modern, self.head_only) = (modern, request.method == Method::Head);
-        let length = content_length(&request, modern)?;
+        (self.head_only, self.last) = (false, true);
+        let patience = self.config.read_timeout;
+        let first = self.wait(patience, |it| read_first(&mut it.reader))?;
+        let mut request = self.wait(patience, |it| read_head(&mut it.reader, first))?;
+        self.head_only = request.method == Method::Head;
+        let length = content_length(&request)?;
         if length > self.config.max_body.into() {
             return Ok(request);
         }
-        self.grant(patience);
-        let come = self.reader.buffer().len() as u64;
-        if modern && come < length && request.values("Expect").next().is_some() {
-            let go_on = b"HTTP/1.1 100 Continue\r\n\r\n";
-            self.socket().write_all(go_on).map_err(unread)?;
+        let expects = request.values("Expect").next().is_some();
+        if expects && request.modern && length > self.reader.buffer().len() as u64 {
+            self.write("HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         let mut body = vec![0; length as usize];
-        self.reader.read_exact(&mut body).map_err(unread)?;
+        let read = |it: &mut Self| it.reader.read_exact(&mut body).map_err(unread);
+        self.wait(patience, read)?;
         request.body = Some(body);
         let is_close = |it: &str| it.eq_ignore_ascii_case("close");
-        self.last = !modern || request.values("Connection").any(is_close);
+        self.last = !request.modern || request.values("Connection").any(is_close);
         Ok(request)
+    }
+
+    fn write(&mut self, text: &str) -> Received<()> {
+        let write = |it: &mut Self| it.socket().write_all(text.as_bytes()).map_err(unread);
+        self.wait(self.config.read_timeout, write)
     }
 
     /// Answers what was received last. Nothing where no other request can follow: the answer said
     /// so, or the client did not take it, or made room. `ending`: whether the server is.
     pub fn answer(mut self, answer: &Answer, ending: bool) -> Option<Self> {
         if answer.authentic {
-            (self.authentic, self.since) = (true, Instant::now());
+            self.standing = (true, Instant::now(), self.socket().as_raw_fd());
         }
         self.last |= ending;
-        let mut text = self.head(answer);
-        if let Body::Text(body) = &answer.body
-            && !self.head_only
-        {
-            text += body;
-        }
-        let written = self.wait(|it| it.socket().write_all(text.as_bytes()))?;
+        let body = if self.head_only { "" } else { &answer.body };
+        let written = self.write(&(answer.head(self.last) + body));
         if written.is_ok() && !self.last {
             return Some(self);
         }
         _ = self.socket().shutdown(Shutdown::Write);
-        self.grant(LINGER);
-        _ = self.wait(|it| io::copy(it.reader.get_mut(), &mut io::sink()));
+        let read = |it: &mut Self| io::copy(&mut it.reader, &mut io::sink()).map_err(unread);
+        _ = self.wait(LINGER, read);
         None
     }
 
-    /// The stream that begins with this answer. What was read behind the request is dropped.
+    /// The socket, which from now on never waits. What was read behind the request is dropped.
     ///
     /// # Errors
     /// Where the socket is gone.
-    pub fn into_stream(mut self, answer: &Answer) -> io::Result<Stream> {
-        self.last = true;
-        let (head, chunked, retry) = (self.head(answer), self.modern, self.config.retry);
-        let socket = Arc::into_inner(self.reader.into_inner().stream);
-        let socket = socket.expect("only a socket that waits is there twice");
-        socket.set_nonblocking(true)?;
-        Ok(Stream::new(Box::new(socket), head, chunked, retry))
+    pub fn into_stream(self) -> io::Result<TcpStream> {
+        let stream = self.reader.into_inner().stream;
+        stream.set_nonblocking(true)?;
+        Ok(Arc::into_inner(stream).expect("only a socket that waits is there twice"))
     }
+}
 
-    /// The head, up to and with the blank line.
-    fn head(&self, answer: &Answer) -> String {
-        let begin = status_and_date(answer.status);
-        let framing = match &answer.body {
-            Body::Text(text) => format!("Content-Length: {}\r\n", text.len()),
-            Body::Stream(_) if self.modern => "Transfer-Encoding: chunked\r\n".into(),
-            Body::Stream(_) | Body::Nothing => String::new(),
+impl Answer {
+    /// The head, up to and with the blank line. `last`: no other answer can follow.
+    pub fn head(&self, last: bool) -> String {
+        let length = match self.body.len() {
+            0 => String::new(),
+            length => format!("Content-Length: {length}\r\n"),
         };
-        let close = if self.last {
-            "Connection: close\r\n"
-        } else {
-            ""
-        };
-        format!("{begin}{}{framing}{close}\r\n", answer.fields)
+        let close = if last { "Connection: close\r\n" } else { "" };
+        status_and_date(self.status) + &self.fields + &length + close + "\r\n"
     }
 }
 
@@ -262,16 +211,35 @@ fn status_and_date(status: u16) -> String {
 
 /// What to answer where no more can be read.
 fn unread(error: io::Error) -> Option<Refusal> {
-    let late = matches!(
-        error.kind(),
-        ErrorKind::WouldBlock | ErrorKind::InvalidInput
-    );
+    let late = error.kind() == ErrorKind::WouldBlock;
     late.then(|| Refusal::new(408, "the request did not come whole in time"))
+}
+
+/// The first byte of a request. Some clients send a line end behind a body: RFC 9112, section 2.2.
+fn read_first(reader: &mut impl BufRead) -> Received<[u8; 1]> {
+    let is_line_end = |byte: &io::Result<u8>| matches!(byte, Ok(b'\r' | b'\n'));
+    let mut bytes = reader.bytes().skip_while(is_line_end);
+    Ok([bytes.next().and_then(Result::ok).ok_or(None)?])
+}
+
+/// A request without its body.
+fn read_head(reader: &mut impl BufRead, first: [u8; 1]) -> Received<Request> {
+    ensure(first[0].is_ascii_graphic(), 400, "this is no HTTP request")?;
+    let mut head = first.as_slice().chain(reader).take(MAX_HEAD);
+    // Judged before the rest has come: whoever speaks another protocol need not wait.
+    let mut request = parse_request_line(&read_line(&mut head, 414)?)?;
+    loop {
+        let line = read_line(&mut head, 431)?;
+        if line.is_empty() {
+            return Ok(request);
+        }
+        request.fields.push(parse_field(&line)?);
+    }
 }
 
 /// A line of a head without its end, which is CRLF and nothing else. What is above 0x7F, and may
 /// stand in a value, becomes a character that may not elsewhere.
-fn read_line(head: &mut Take<impl BufRead>, too_long: u16) -> Result<String, Option<Refusal>> {
+fn read_line(head: &mut Take<impl BufRead>, too_long: u16) -> Received<String> {
     let mut line = Vec::new();
     head.read_until(b'\n', &mut line).map_err(unread)?;
     let last = line.pop();
@@ -289,8 +257,8 @@ fn is_token(word: &str) -> bool {
     !word.is_empty() && word.chars().all(allowed)
 }
 
-/// Method, target, and whether it is HTTP/1.1: RFC 9112, section 3.
-fn parse_request_line(line: &str) -> Result<(&str, &str, bool), Refusal> {
+/// RFC 9112, section 3: a request that as yet has neither fields nor a body.
+fn parse_request_line(line: &str) -> Result<Request, Refusal> {
     let malformed = "the request line is malformed";
     let (method, rest) = line.split_once(' ').unwrap_or_default();
     let (target, version) = rest.split_once(' ').unwrap_or_default();
@@ -298,19 +266,24 @@ fn parse_request_line(line: &str) -> Result<(&str, &str, bool), Refusal> {
     ensure(is_token(method) && is_target, 400, malformed)?;
     // A proxy is told whose path it is, which does not matter here.
     let is_http = |scheme: &str| ["http", "https"].contains(&&*scheme.to_ascii_lowercase());
-    let path = match target.split_once("://") {
-        Some((scheme, rest)) if is_http(scheme) => rest.find(['/', '?']).map(|at| &rest[at..]),
-        _ => Some(target),
+    let target = match target.split_once("://") {
+        Some((scheme, rest)) if is_http(scheme) => rest.trim_start_matches(|c| !"/?".contains(c)),
+        _ => target,
     };
-    let modern = match version.as_bytes() {
-        b"HTTP/1.1" => true,
-        b"HTTP/1.0" => false,
-        [b'H', b'T', b'T', b'P', b'/', b'0'..=b'9', b'.', b'0'..=b'9'] => {
-            return Err(Refusal::new(505, "HTTP/1.0 and 1.1 only"));
-        }
-        _ => return Err(Refusal::new(400, malformed)),
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let request = Request {
+        method: method.parse().expect("a token is a method"),
+        path: path.into(),
+        query: query.into(),
+        modern: version == "HTTP/1.1",
+        fields: Vec::new(),
+        body: None,
     };
-    Ok((method, path.unwrap_or_default(), modern))
+    match version.strip_prefix("HTTP/").unwrap_or_default().as_bytes() {
+        b"1.0" | b"1.1" => Ok(request),
+        [b'0'..=b'9', b'.', b'0'..=b'9'] => Err(Refusal::new(505, "HTTP/1.0 and 1.1 only")),
+        _ => Err(Refusal::new(400, malformed)),
+    }
 }
 
 /// RFC 9112, section 5. No space before the colon, and no folded line: the name is a token. No
@@ -324,13 +297,13 @@ fn parse_field(line: &str) -> Result<Header, Refusal> {
 }
 
 /// How long a body is, and that everybody else sees it so: RFC 9112, sections 3.2 and 6.3.
-fn content_length(request: &Request, modern: bool) -> Result<u64, Refusal> {
+fn content_length(request: &Request) -> Result<u64, Refusal> {
     let values = |name| request.values(name).collect::<Vec<_>>();
     let declared = values("Transfer-Encoding").is_empty();
     ensure(declared, 411, "send a Content-Length, not in chunks")?;
     let named = match values("Host")[..] {
         [host] => !host.contains(['/', '?', '#', '@', ' ', '\t']),
-        [] => !modern,
+        [] => !request.modern,
         _ => false,
     };
     ensure(named, 400, "a request has one Host, a name")?;

@@ -2,7 +2,7 @@
 
 use tiny_http::Method::{Get, Head, Options, Post};
 
-use crate::http::{Answer, Body, Request};
+use crate::http::{Answer, Received, Request};
 use crate::{error::Refusal, error::ensure, hub::Hub};
 
 /// Characters in the longest token of a query: 64 topics of 40 bytes; a millisecond to open.
@@ -33,7 +33,7 @@ pub enum Door {
 /// Answers a request, or what was refused as none; counts, and says in the log what is wrong.
 /// Nothing where the connection is to be closed unanswered. Blocks where [`Hub::publish`] does, and
 /// for seconds at most where others have long tokens opened.
-pub fn reply(hub: &Hub, door: Door, request: &Result<Request, Option<Refusal>>) -> Option<Answer> {
+pub fn reply(hub: &Hub, door: Door, request: &Received<Request>) -> Option<Answer> {
     let decided = match request {
         Ok(request) => decide(hub, door, request),
         Err(refusal) => Err(refusal.clone()?),
@@ -77,14 +77,15 @@ fn refuse(hub: &Hub, Refusal { status, text }: &Refusal) -> Answer {
         _ => "",
     };
     let fields = [TEXT, field].concat();
-    answer(*status, fields, Body::Text(format!("{text}\n")))
+    answer(*status, fields, format!("{text}\n"))
 }
 
-fn answer(status: u16, fields: impl Into<String>, body: Body) -> Answer {
+fn answer(status: u16, fields: impl Into<String>, body: String) -> Answer {
     Answer {
         status,
         fields: fields.into(),
         body,
+        stream: None,
         authentic: false,
     }
 }
@@ -95,7 +96,7 @@ fn decide(hub: &Hub, door: Door, request: &Request) -> Result<Answer, Refusal> {
         (Door::Public, "/events", Get | Head) => return open_stream(hub, request),
         (Door::Public, "/submit", Post) => return submit(hub, request),
         (Door::Public, "/ping", Get | Head) => {
-            return Ok(answer(200, TEXT, Body::Text("ok\n".into())));
+            return Ok(answer(200, TEXT, "ok\n".into()));
         }
         (Door::Public, "/events" | "/ping", _) => (405, "GET, HEAD, OPTIONS"),
         (Door::Public, "/submit", _) => (405, "POST, OPTIONS"),
@@ -103,7 +104,7 @@ fn decide(hub: &Hub, door: Door, request: &Request) -> Result<Answer, Refusal> {
         (Door::Metrics, "/metrics", Get | Head) => {
             let (subscribers, topics) = (hub.subscribers(), hub.topics());
             let page = hub.metrics.print(subscribers, hub.capacity, topics);
-            return Ok(answer(200, PROMETHEUS, Body::Text(page)));
+            return Ok(answer(200, PROMETHEUS, page));
         }
         (Door::Metrics, "/metrics", _) => (405, "GET, HEAD"),
         (Door::Metrics, ..) => (404, "no such path: try /metrics"),
@@ -119,7 +120,11 @@ fn open_stream(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
     let (ttl, max_topics) = (config.token_ttl, config.max_topics);
     let topics = config.key.open_subscription(token, ttl, max_topics)?;
     hub.room()?;
-    Ok(answer(200, STREAM, Body::Stream(topics)))
+    let chunked = "Transfer-Encoding: chunked\r\n";
+    let fields = [STREAM, if request.modern { chunked } else { "" }];
+    let mut answer = answer(200, fields.concat(), String::new());
+    answer.stream = Some(topics).filter(|_| request.method == Get);
+    Ok(answer)
 }
 
 fn submit(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
@@ -132,7 +137,7 @@ fn submit(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
     let receipt = hub.publish(&events)?;
     let (events, deliveries) = (receipt.events, receipt.deliveries);
     let text = format!("{{\"events\": {events}, \"deliveries\": {deliveries}}}\n");
-    let mut answer = answer(200, JSON, Body::Text(text));
+    let mut answer = answer(200, JSON, text);
     answer.authentic = true;
     Ok(answer)
 }
@@ -142,5 +147,5 @@ fn submit(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
 fn preflight(request: &Request) -> Answer {
     let named = request.values("Access-Control-Request-Headers");
     let named: String = named.map(|name| format!(", {name}")).collect();
-    answer(204, format!("{PREFLIGHT}{named}\r\n"), Body::Nothing)
+    answer(204, format!("{PREFLIGHT}{named}\r\n"), String::new())
 }

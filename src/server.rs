@@ -9,10 +9,10 @@ use crossbeam_channel::bounded;
 use rlimit::Resource;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
-use crate::http::{Body, Connection, Waiting};
+use crate::http::{Connection, Waiting};
 use crate::routes::{Door, reply};
 use crate::{config::Config, error::Refusal, event::Event, hub::Hub, hub::Receipt};
-use crate::{subscriber::Lane, writer};
+use crate::{subscriber::Lane, subscriber::Stream, writer};
 
 /// Connections the kernel completes before we accept them. With std's 128, 5,000 clients that
 /// reconnected at once took 20 s and more; with this, 0.2 s.
@@ -227,22 +227,28 @@ impl Server {
     /// A thread of the pool: one connection after the other.
     fn work(&self) {
         while let Ok(Some((socket, door))) = self.pool.receiver.recv_timeout(IDLE) {
-            let connection = Connection::new(socket, &self.hub.config, &self.waiting);
-            _ = connection.map(|connection| self.serve(connection, door));
+            _ = socket.set_nodelay(true);
+            // For each answer, which takes a write or two.
+            let patience = Duration::from_secs(self.hub.config.read_timeout);
+            _ = socket.set_write_timeout(Some(patience));
+            self.serve(
+                Connection::new(socket, &self.hub.config, &self.waiting),
+                door,
+            );
         }
     }
 
     /// Answers the requests of a connection until it ends or becomes a stream.
     fn serve(&self, mut connection: Connection, door: Door) -> Option<()> {
         loop {
-            let answer = reply(&self.hub, door, &connection.receive())?;
-            if let Body::Stream(topics) = &answer.body
-                && !connection.head_only
-            {
-                let patience = Duration::from_secs(self.hub.config.write_timeout);
-                end_if_vanished(connection.socket(), patience);
-                let stream = connection.into_stream(&answer).ok()?;
-                self.hub.subscribe(topics.clone(), stream);
+            let request = connection.receive();
+            let mut answer = reply(&self.hub, door, &request)?;
+            if let Some(topics) = answer.stream.take() {
+                let (socket, config) = (connection.into_stream().ok()?, &self.hub.config);
+                end_if_vanished(&socket, Duration::from_secs(config.write_timeout));
+                let (head, chunked) = (answer.head(true), request.is_ok_and(|it| it.modern));
+                let stream = Stream::new(Box::new(socket), head, chunked, config.retry);
+                self.hub.subscribe(topics, stream);
                 return None;
             }
             connection = connection.answer(&answer, self.hub.closed.load(SeqCst))?;
