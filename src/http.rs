@@ -114,6 +114,11 @@ impl<'a> Connection<'a> {
         &self.reader.get_ref().stream
     }
 
+    /// Has never sent an authentic submission.
+    pub fn is_strange(&self) -> bool {
+        !self.standing.0
+    }
+
     /// Does what its client takes its time for, so many seconds at most. Whoever is closed to make
     /// room meanwhile has to let go at once.
     fn wait<T>(&mut self, time: u64, act: impl FnOnce(&mut Self) -> Received<T>) -> Received<T> {

@@ -2,7 +2,7 @@
 //! the pool.
 
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, atomic::Ordering::SeqCst};
+use std::sync::{Arc, atomic::AtomicBool, atomic::Ordering::SeqCst};
 use std::{io, io::ErrorKind, thread, time::Duration, time::Instant};
 
 use crossbeam_channel::bounded;
@@ -38,6 +38,8 @@ const STACK: usize = 512 * 1024;
 /// How long an ending server waits for its subscribers to take what is queued.
 const DRAIN: Duration = Duration::from_secs(5);
 
+const EVICTED: &str = "connection closed to make room for another";
+
 /// Descriptors below which nothing is served: what a process needs, and some connections.
 const MIN_DESCRIPTORS: u64 = 32;
 
@@ -47,6 +49,8 @@ pub struct Server {
     listener: TcpListener,
     metrics_listener: Option<TcpListener>,
     waiting: Waiting,
+    /// A connection is to be closed to make room: whoever can give way at once clears this.
+    crowded: AtomicBool,
     /// Connections on their way to a thread. One that is given none ends.
     pool: Lane<Option<(TcpStream, Door)>>,
     /// Each thread that this server has started holds a clone until it ends, or panics.
@@ -73,6 +77,7 @@ impl Server {
             metrics_listener: config.metrics_listen.map(listen).transpose()?,
             hub: Hub::new(config, capacity),
             waiting: Waiting::default(),
+            crowded: AtomicBool::new(false),
             pool: Lane { sender, receiver },
             threads: Arc::new(()),
         }))
@@ -188,7 +193,6 @@ impl Server {
                     let line = format_args!("cannot accept connections: {error}");
                     self.hub.metrics.accept_failures.warn(line);
                     self.make_room();
-                    thread::sleep(MOMENT);
                 }
             }
         }
@@ -210,18 +214,23 @@ impl Server {
         }
     }
 
-    /// Closes the connection that comes first among those that wait.
+    /// Closes a connection: one that gives way in a moment, or else the first of those that wait.
     fn make_room(&self) {
+        self.crowded.store(true, SeqCst);
+        thread::sleep(MOMENT);
+        if !self.crowded.load(SeqCst) {
+            return;
+        }
         let first = self.waiting.lock().pop_first();
         if let Some((_, socket)) = first {
             _ = socket.shutdown(Shutdown::Both);
-            let line = "connection closed to make room for another";
-            self.hub.metrics.evicted.warn(line);
+            self.hub.metrics.evicted.warn(EVICTED);
             // There is room when its thread has let go of it: until then no other is closed.
-            while Arc::strong_count(&socket) > 1 {
+            while Arc::strong_count(&socket) > 1 && self.crowded.load(SeqCst) {
                 thread::sleep(MOMENT);
             }
         }
+        self.crowded.store(false, SeqCst);
     }
 
     /// A thread of the pool: one connection after the other.
@@ -252,6 +261,12 @@ impl Server {
                 return None;
             }
             connection = connection.answer(&answer, self.hub.closed.load(SeqCst))?;
+            // Hundreds whose next requests are there already wait for nobody but a core, and would
+            // take seconds to let go: this one is at work just now.
+            if connection.is_strange() && self.crowded.swap(false, SeqCst) {
+                self.hub.metrics.evicted.warn(EVICTED);
+                return None;
+            }
         }
     }
 }
