@@ -44,7 +44,7 @@ pub struct Answer {
     pub status: u16,
     /// Whole lines, all but those that say how the connection goes on.
     pub fields: String,
-    /// Nothing where there cannot be one. A HEAD request is told its length alone.
+    /// Empty where there cannot be one. Who asks for the head alone is told its length.
     pub body: String,
     /// The connection becomes a stream of these topics, which begins with this head.
     pub stream: Option<Topics>,
@@ -61,7 +61,7 @@ pub type Waiting = Mutex<BTreeMap<Standing, Arc<TcpStream>>>;
 /// the time makes a connection young again. And what tells those of one moment apart.
 type Standing = (bool, Instant, RawFd);
 
-/// A socket that is read until a deadline, however that drips.
+/// A socket that is read until a deadline, however slowly its bytes come.
 struct Socket {
     stream: Arc<TcpStream>,
     deadline: Instant,
@@ -98,6 +98,8 @@ impl Read for Socket {
 
 impl<'a> Connection<'a> {
     pub fn new(stream: TcpStream, config: &'a Config, waiting: &'a Waiting) -> Self {
+        // For each write: an answer takes one, or where it does not fit the socket, a few.
+        _ = stream.set_write_timeout(Some(Duration::from_secs(config.read_timeout)));
         let standing = (false, Instant::now(), stream.as_raw_fd());
         let (stream, deadline) = (Arc::new(stream), Instant::now());
         Self {
@@ -114,13 +116,13 @@ impl<'a> Connection<'a> {
         &self.reader.get_ref().stream
     }
 
-    /// Has never sent an authentic submission.
+    /// Never has a request of it been authentic.
     pub fn is_strange(&self) -> bool {
         !self.standing.0
     }
 
-    /// Does what its client takes its time for, so many seconds at most. Whoever is closed to make
-    /// room meanwhile has to let go at once.
+    /// Reads or writes, for so many seconds at most. Meanwhile the connection may be closed to make
+    /// room for another: then it has to be let go of at once.
     fn wait<T>(&mut self, time: u64, act: impl FnOnce(&mut Self) -> Received<T>) -> Received<T> {
         let socket = self.reader.get_mut();
         socket.deadline = Instant::now() + Duration::from_secs(time);
@@ -162,12 +164,12 @@ impl<'a> Connection<'a> {
     }
 
     /// Answers what was received last. Nothing where no other request can follow: the answer said
-    /// so, or the client did not take it, or made room. `ending`: whether the server is.
-    pub fn answer(mut self, answer: &Answer, ending: bool) -> Option<Self> {
+    /// so, or the client did not take it, or made room. `last`: no other is wanted.
+    pub fn answer(mut self, answer: &Answer, last: bool) -> Option<Self> {
         if answer.authentic {
             self.standing = (true, Instant::now(), self.socket().as_raw_fd());
         }
-        self.last |= ending;
+        self.last |= last;
         let body = if self.head_only { "" } else { &answer.body };
         let written = self.write(&(answer.head(self.last) + body));
         if written.is_ok() && !self.last {
@@ -193,12 +195,10 @@ impl<'a> Connection<'a> {
 impl Answer {
     /// The head, up to and with the blank line. `last`: no other answer can follow.
     pub fn head(&self, last: bool) -> String {
-        let length = match self.body.len() {
-            0 => String::new(),
-            length => format!("Content-Length: {length}\r\n"),
-        };
+        let length = format!("Content-Length: {}\r\n", self.body.len());
+        let length = if self.body.is_empty() { "" } else { &length };
         let close = if last { "Connection: close\r\n" } else { "" };
-        status_and_date(self.status) + &self.fields + &length + close + "\r\n"
+        status_and_date(self.status) + &self.fields + length + close + "\r\n"
     }
 }
 

@@ -2,7 +2,7 @@
 //! the pool.
 
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, atomic::AtomicBool, atomic::Ordering::SeqCst};
+use std::sync::{Arc, atomic::Ordering::SeqCst};
 use std::{io, io::ErrorKind, thread, time::Duration, time::Instant};
 
 use crossbeam_channel::bounded;
@@ -22,6 +22,11 @@ const BACKLOG: i32 = 4096;
 /// silent. When there are so many, each that comes takes the place of one that waits.
 const MAX_THREADS: usize = 4096;
 
+/// Threads above which no connection is kept for a stranger. Hundreds that send a thousand requests
+/// at once wait for a core, not for their clients: whichever was closed to make room took a third
+/// of a second to notice, and publishers stood in line behind all of them.
+const CROWD: usize = 128;
+
 /// How long a connection waits for a thread to be free, before another is started.
 const MOMENT: Duration = Duration::from_micros(200);
 
@@ -38,8 +43,6 @@ const STACK: usize = 512 * 1024;
 /// How long an ending server waits for its subscribers to take what is queued.
 const DRAIN: Duration = Duration::from_secs(5);
 
-const EVICTED: &str = "connection closed to make room for another";
-
 /// Descriptors below which nothing is served: what a process needs, and some connections.
 const MIN_DESCRIPTORS: u64 = 32;
 
@@ -49,8 +52,6 @@ pub struct Server {
     listener: TcpListener,
     metrics_listener: Option<TcpListener>,
     waiting: Waiting,
-    /// A connection is to be closed to make room: whoever can give way at once clears this.
-    crowded: AtomicBool,
     /// Connections on their way to a thread. One that is given none ends.
     pool: Lane<Option<(TcpStream, Door)>>,
     /// Each thread that this server has started holds a clone until it ends, or panics.
@@ -77,7 +78,6 @@ impl Server {
             metrics_listener: config.metrics_listen.map(listen).transpose()?,
             hub: Hub::new(config, capacity),
             waiting: Waiting::default(),
-            crowded: AtomicBool::new(false),
             pool: Lane { sender, receiver },
             threads: Arc::new(()),
         }))
@@ -180,19 +180,18 @@ impl Server {
 
     /// Accepts until the server is closed.
     fn accept(self: &Arc<Self>, listener: Option<&TcpListener>, door: Door) {
-        while !self.hub.closed.load(SeqCst)
-            && let Some(listener) = listener
-        {
-            match listener.accept() {
-                Ok((socket, _)) => self.hand_over(socket, door),
-                // It left before it was accepted; or the server ends.
+        for accepted in listener.into_iter().flat_map(TcpListener::incoming) {
+            match accepted {
+                _ if self.hub.closed.load(SeqCst) => return,
+                Ok(socket) => self.hand_over(socket, door),
+                // It left before it was accepted.
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
-                Err(_) if self.hub.closed.load(SeqCst) => {}
                 // Out of descriptors, as a rule. Whoever connects waits in the kernel meanwhile.
                 Err(error) => {
                     let line = format_args!("cannot accept connections: {error}");
                     self.hub.metrics.accept_failures.warn(line);
                     self.make_room();
+                    thread::sleep(MOMENT);
                 }
             }
         }
@@ -201,49 +200,37 @@ impl Server {
     /// Gives a connection to a thread that waits for one, or to a new one, or frees one.
     fn hand_over(self: &Arc<Self>, socket: TcpStream, door: Door) {
         let (mut arrival, mut patience) = (Some((socket, door)), MOMENT);
-        while !self.hub.closed.load(SeqCst) {
-            match self.pool.sender.send_timeout(arrival, patience) {
-                Ok(()) => return,
-                Err(nobody) => arrival = nobody.into_inner(),
-            }
+        while let Err(nobody) = self.pool.sender.send_timeout(arrival, patience)
+            && !self.hub.closed.load(SeqCst)
+        {
             let full = Arc::strong_count(&self.threads) > MAX_THREADS;
             if full || self.spawn(|server| server.work()).is_err() {
                 self.make_room();
             }
-            patience = HAND_OVER.min(10 * patience);
+            (arrival, patience) = (nobody.into_inner(), HAND_OVER.min(10 * patience));
         }
     }
 
-    /// Closes a connection: one that gives way in a moment, or else the first of those that wait.
+    /// Closes the connection that comes first among those that wait.
     fn make_room(&self) {
-        self.crowded.store(true, SeqCst);
-        thread::sleep(MOMENT);
-        if !self.crowded.load(SeqCst) {
-            return;
-        }
         let first = self.waiting.lock().pop_first();
         if let Some((_, socket)) = first {
             _ = socket.shutdown(Shutdown::Both);
-            self.hub.metrics.evicted.warn(EVICTED);
+            let line = "connection closed to make room for another";
+            self.hub.metrics.evicted.warn(line);
             // There is room when its thread has let go of it: until then no other is closed.
-            while Arc::strong_count(&socket) > 1 && self.crowded.load(SeqCst) {
+            while Arc::strong_count(&socket) > 1 {
                 thread::sleep(MOMENT);
             }
         }
-        self.crowded.store(false, SeqCst);
     }
 
     /// A thread of the pool: one connection after the other.
     fn work(&self) {
         while let Ok(Some((socket, door))) = self.pool.receiver.recv_timeout(IDLE) {
             _ = socket.set_nodelay(true);
-            // For each answer, which takes a write or two.
-            let patience = Duration::from_secs(self.hub.config.read_timeout);
-            _ = socket.set_write_timeout(Some(patience));
-            self.serve(
-                Connection::new(socket, &self.hub.config, &self.waiting),
-                door,
-            );
+            let connection = Connection::new(socket, &self.hub.config, &self.waiting);
+            self.serve(connection, door);
         }
     }
 
@@ -260,13 +247,9 @@ impl Server {
                 self.hub.subscribe(topics, stream);
                 return None;
             }
-            connection = connection.answer(&answer, self.hub.closed.load(SeqCst))?;
-            // Hundreds whose next requests are there already wait for nobody but a core, and would
-            // take seconds to let go: this one is at work just now.
-            if connection.is_strange() && self.crowded.swap(false, SeqCst) {
-                self.hub.metrics.evicted.warn(EVICTED);
-                return None;
-            }
+            let crowded = Arc::strong_count(&self.threads) > CROWD && connection.is_strange();
+            let last = crowded || self.hub.closed.load(SeqCst);
+            connection = connection.answer(&answer, last)?;
         }
     }
 }
