@@ -116,11 +116,6 @@ impl<'a> Connection<'a> {
         &self.reader.get_ref().stream
     }
 
-    /// Never has a request of it been authentic.
-    pub fn is_strange(&self) -> bool {
-        !self.standing.0
-    }
-
     /// Reads or writes, for so many seconds at most. Meanwhile the connection may be closed to make
     /// room for another: then it has to be let go of at once.
     fn wait<T>(&mut self, time: u64, act: impl FnOnce(&mut Self) -> Received<T>) -> Received<T> {
@@ -164,12 +159,14 @@ impl<'a> Connection<'a> {
     }
 
     /// Answers what was received last. Nothing where no other request can follow: the answer said
-    /// so, or the client did not take it, or made room. `last`: no other is wanted.
-    pub fn answer(mut self, answer: &Answer, last: bool) -> Option<Self> {
+    /// so, or the client did not take it, or made room. `crowded`: no connection is kept that never
+    /// was authentic; `ending`: none at all.
+    pub fn answer(mut self, answer: &Answer, crowded: bool, ending: bool) -> Option<Self> {
         if answer.authentic {
             self.standing = (true, Instant::now(), self.socket().as_raw_fd());
         }
-        self.last |= last;
+        let (authentic, ..) = self.standing;
+        self.last |= ending || (crowded && !authentic);
         let body = if self.head_only { "" } else { &answer.body };
         let written = self.write(&(answer.head(self.last) + body));
         if written.is_ok() && !self.last {

@@ -247,9 +247,9 @@ impl Server {
                 self.hub.subscribe(topics, stream);
                 return None;
             }
-            let crowded = Arc::strong_count(&self.threads) > CROWD && connection.is_strange();
-            let last = crowded || self.hub.closed.load(SeqCst);
-            connection = connection.answer(&answer, last)?;
+            let crowded = Arc::strong_count(&self.threads) > CROWD;
+            let ending = self.hub.closed.load(SeqCst);
+            connection = connection.answer(&answer, crowded, ending)?;
         }
     }
 }
