@@ -53,7 +53,7 @@ const LAYERS: [&str; 11] = [
 
 /// Lines of code in the library: `src/` without the binary. More than the 1,000 it is to have: what
 /// owns the connection took more than the 150 that were meant for it.
-const LIBRARY_LINES: usize = 1_372;
+const LIBRARY_LINES: usize = 1_325;
 
 /// Lines of code in the binary.
 const BINARY_LINES: usize = 120;
@@ -211,10 +211,7 @@ fn each_dependency_has_one_door() {
         ("serde", &["src/token.rs"]),
         ("signal-hook", &["src/main.rs"]),
         ("socket2", &["src/server.rs"]),
-        (
-            "tiny_http",
-            &["src/http.rs", "src/routes.rs", "src/server.rs"],
-        ),
+        ("tiny_http", &["src/http.rs", "src/routes.rs"]),
     ];
     // Every dependency has a row.
     let known = doors.iter().map(|(name, _)| name.to_string());
