@@ -138,7 +138,11 @@ fn open_stream(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
         // Followed by the browser itself, without which a plain EventSource ends for good.
         (Err(refusal), Some(url)) if refusal.expired => {
             let fields = format!("Location: {url}\r\nCache-Control: no-store\r\n");
-            return Ok(answer(307, fields, format!("{}: see Location\n", refusal.text)));
+            return Ok(answer(
+                307,
+                fields,
+                format!("{}: see Location\n", refusal.text),
+            ));
         }
         (opened, _) => opened?,
     };
