@@ -1,125 +1,121 @@
 //! What happened, for the operator: counted for Prometheus, and now and then a line in the log.
-//! Never a token, a payload or a query.
+//! Never a topic, a token, a payload or a query.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::{fmt::Display, time::Duration, time::Instant};
+use std::{collections::HashMap, fmt::Display, time::UNIX_EPOCH};
 
-use parking_lot::Mutex;
+/// The page of a server that has just started: every family, and every sample that there is.
+const FIRST_PAGE: &str = include_str!("metrics.prom");
 
-/// At most one line about a counter in this time: strangers can cause lines, and must not fill a
-/// disk.
-const INTERVAL: Duration = Duration::from_secs(1);
-
-/// The statuses of all answers there are.
-const STATUSES: [u16; 13] = [
-    200, 204, 400, 401, 404, 405, 408, 411, 413, 414, 431, 503, 505,
-];
-
-/// Why a stream ended.
+/// Why a stream ended, as the metrics and the log say it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
-    /// The client closed its connection, or the network did.
-    Left,
-    /// An event found no room in its queue, and its socket took nothing.
-    QueueFull,
-    /// Its socket took nothing for `SSE_WRITE_TIMEOUT`.
-    WriteTimeout,
-    /// The server ended, and told it so.
-    Shutdown,
-    /// A fault of the server.
-    Fault,
-}
+pub struct Reason(&'static str);
 
-/// In the order of [`Reason`].
-const REASONS: [&str; 5] = ["left", "queue_full", "write_timeout", "shutdown", "fault"];
+impl Reason {
+    /// The client closed its connection, or the network did.
+    pub const LEFT: Self = Self("left");
+    /// An event found no room in its queue, and its socket took nothing.
+    pub const QUEUE_FULL: Self = Self("queue_full");
+    /// Its socket took nothing for `SSE_WRITE_TIMEOUT`.
+    pub const WRITE_TIMEOUT: Self = Self("write_timeout");
+    /// The server ended, and told it so.
+    pub const SHUTDOWN: Self = Self("shutdown");
+    /// Its token did, and it was told so.
+    pub const EXPIRED: Self = Self("expired");
+    /// A fault of the server.
+    pub const FAULT: Self = Self("fault");
+}
 
 /// What is counted. Counting takes no lock.
-#[derive(Default)]
 pub struct Metrics {
-    pub events: Counter,
-    pub deliveries: Counter,
-    pub delivered_bytes: Counter,
-    pub opened: Counter,
-    ended: [Counter; REASONS.len()],
-    answered: [Counter; STATUSES.len()],
-    /// Streams closed unanswered, since an answer would end a browser's stream for good.
-    pub turned_away: Counter,
-    /// Connections closed to make room for another.
-    pub evicted: Counter,
-    pub accept_failures: Counter,
+    samples: HashMap<&'static str, Sample>,
 }
 
-/// A number that grows.
+/// A number: a counter, or a gauge that is set when it is printed. Its atomics are relaxed, since
+/// nothing else is read in the belief that this was counted.
 #[derive(Default)]
-pub struct Counter {
-    /// Relaxed: nothing else is read in the belief that this was counted.
-    count: AtomicU64,
-    /// When a line about it was last logged.
-    logged: Mutex<Option<Instant>>,
+pub struct Sample {
+    value: AtomicU64,
+    /// The second in which a line about it was last logged.
+    logged: AtomicU64,
+    /// Lines that were not logged since then.
+    suppressed: AtomicU64,
 }
 
-impl Counter {
+impl Sample {
     pub fn add(&self, count: usize) {
-        self.count.fetch_add(count as u64, Relaxed);
+        self.value.fetch_add(count as u64, Relaxed);
     }
 
-    fn count(&self) -> u64 {
-        self.count.load(Relaxed)
+    pub fn set(&self, value: usize) {
+        self.value.store(value as u64, Relaxed);
     }
 
-    /// Counts one, and logs a line unless there was one a moment ago. Does not lock while it logs.
+    /// Counts one, and logs a line unless there was one in this second: strangers can cause lines,
+    /// and must not fill a disk.
     pub fn warn(&self, line: impl Display) {
         self.add(1);
-        let mut logged = self.logged.lock();
-        if logged.is_some_and(|time| time.elapsed() < INTERVAL) {
-            return;
+        let second = UNIX_EPOCH.elapsed().map_or(0, |time| time.as_secs());
+        if self.logged.swap(second, Relaxed) == second {
+            self.suppressed.fetch_add(1, Relaxed);
+        } else {
+            let suppressed = self.suppressed.swap(0, Relaxed);
+            log::warn!("{line} suppressed={suppressed}");
         }
-        *logged = Some(Instant::now());
-        drop(logged);
-        log::warn!("{line} count={}", self.count());
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let samples = FIRST_PAGE.lines().filter_map(name_of);
+        let samples = samples.map(|name| (name, Sample::default()));
+        Self {
+            samples: samples.collect(),
+        }
     }
 }
 
 impl Metrics {
-    /// Counts the end of a stream; one that the client did not see coming is worth a line.
-    pub fn ended(&self, reason: Reason) {
-        let (counter, name) = (&self.ended[reason as usize], REASONS[reason as usize]);
-        match reason {
-            Reason::Left | Reason::Shutdown => counter.add(1),
-            _ => counter.warn(format_args!("stream cut: reason={name}")),
-        }
+    /// One that stands in `metrics.prom`, by its name and label as they stand there.
+    pub fn sample(&self, name: &str) -> &Sample {
+        let sample = self.samples.get(name);
+        sample.expect("metrics.prom lists all samples")
     }
 
     /// How often this status was answered.
-    pub fn answered(&self, status: u16) -> &Counter {
-        let index = STATUSES.iter().position(|known| *known == status);
-        &self.answered[index.expect("STATUSES has all there are")]
+    pub fn answered(&self, status: u16) -> &Sample {
+        self.sample(&format!("sse_answers_total{{status=\"{status}\"}}"))
     }
 
-    /// The Prometheus text format, version 0.0.4, with these gauges.
-    pub fn print(&self, subscribers: usize, capacity: usize, topics: usize) -> String {
-        format!(
-            include_str!("metrics.prom"),
-            version = env!("CARGO_PKG_VERSION"),
-            subscribers = subscribers,
-            capacity = capacity,
-            topics = topics,
-            events = self.events.count(),
-            deliveries = self.deliveries.count(),
-            delivered_bytes = self.delivered_bytes.count(),
-            opened = self.opened.count(),
-            ended = by_label("sse_streams_ended_total{reason", &REASONS, &self.ended),
-            turned_away = self.turned_away.count(),
-            answers = by_label("sse_answers_total{status", &STATUSES, &self.answered),
-            evicted = self.evicted.count(),
-            accept_failures = self.accept_failures.count(),
-        )
+    /// Counts a stream that begins.
+    pub fn opened(&self, id: u64, topics: usize) {
+        self.sample("sse_streams_opened_total").add(1);
+        log::debug!("stream opened: id={id} topics={topics}");
+    }
+
+    /// Counts the end of a stream; one that the client did not see coming is worth a warning.
+    pub fn ended(&self, id: u64, reason: Reason) {
+        let Reason(name) = reason;
+        let sample = self.sample(&format!("sse_streams_ended_total{{reason=\"{name}\"}}"));
+        log::debug!("stream ended: id={id} reason={name}");
+        match reason {
+            Reason::LEFT | Reason::SHUTDOWN | Reason::EXPIRED => sample.add(1),
+            _ => sample.warn(format_args!("stream cut: reason={name}")),
+        }
+    }
+
+    /// The Prometheus text format, version 0.0.4.
+    pub fn print(&self) -> String {
+        let print = |line| match name_of(line) {
+            Some(name) => format!("{name} {}\n", self.sample(name).value.load(Relaxed)),
+            None => format!("{line}\n"),
+        };
+        let page: String = FIRST_PAGE.lines().map(print).collect();
+        page.replace("VERSION", env!("CARGO_PKG_VERSION"))
     }
 }
 
-/// A line for each value of a label.
-fn by_label(label: &str, values: &[impl Display], counters: &[Counter]) -> String {
-    let samples = values.iter().zip(counters);
-    let line = |(value, it): (_, &Counter)| format!("{label}=\"{value}\"}} {}\n", it.count());
-    samples.map(line).collect()
+/// Of a line of the first page that will change.
+fn name_of(line: &str) -> Option<&str> {
+    line.strip_suffix(" 0")
 }

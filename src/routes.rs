@@ -46,7 +46,8 @@ pub fn reply(hub: &Hub, door: Door, request: &Result<Request, Refusal>) -> Optio
         // breaks is tried again.
         Err(Refusal { status: 503, text }) if accepted.any(is_stream) => {
             let line = format_args!("stream turned away: {text}");
-            hub.metrics.turned_away.warn(line);
+            let turned_away = hub.metrics.sample("sse_streams_turned_away_total");
+            turned_away.warn(line);
             return None;
         }
         Err(refusal) => refuse(hub, &refusal),
@@ -106,9 +107,7 @@ fn decide(hub: &Hub, door: Door, request: &Request) -> Result<Answer, Refusal> {
         (Door::Public, "/submit", _) => (405, "POST, OPTIONS"),
         (Door::Public, ..) => (404, "no such path: try /events, /submit or /ping"),
         (Door::Metrics, "/metrics", Get | Head) => {
-            let (subscribers, topics) = (hub.subscribers(), hub.topics());
-            let page = hub.metrics.print(subscribers, hub.capacity, topics);
-            return Ok(answer(200, &[PROMETHEUS], page));
+            return Ok(answer(200, &[PROMETHEUS], hub.print_metrics()));
         }
         (Door::Metrics, "/metrics", _) => (405, "GET, HEAD"),
         (Door::Metrics, ..) => (404, "no such path: try /metrics"),

@@ -119,6 +119,11 @@ impl Server {
         self.hub.publish(events)
     }
 
+    /// Streams that are open and get the events of this topic. Takes the hub's lock for a moment.
+    pub fn subscribers_of(&self, topic: &str) -> usize {
+        self.hub.subscribers_of(topic)
+    }
+
     /// Serves until [`Server::shutdown`], then lets every stream send what is queued for it, for
     /// at most 5 seconds, and cuts those that have not taken it. Blocks all that time: give it a
     /// thread of its own. The threads it started have ended when it returns.
@@ -195,7 +200,8 @@ impl Server {
                 // Out of descriptors, as a rule. Whoever connects waits in the kernel meanwhile.
                 Err(error) => {
                     let line = format_args!("cannot accept connections: {error}");
-                    self.hub.metrics.accept_failures.warn(line);
+                    let failures = self.hub.metrics.sample("sse_accept_failures_total");
+                    failures.warn(line);
                     self.make_room();
                     thread::sleep(MOMENT);
                 }
@@ -225,7 +231,8 @@ impl Server {
         if let Some((_, socket)) = first {
             _ = socket.shutdown(Shutdown::Both);
             let line = "connection closed to make room for another";
-            self.hub.metrics.evicted.warn(line);
+            let evicted = self.hub.metrics.sample("sse_connections_evicted_total");
+            evicted.warn(line);
             // There is room when its thread has let go of it: until then no other is closed.
             while Arc::strong_count(&socket) > 1 {
                 thread::sleep(MOMENT);
@@ -258,7 +265,8 @@ impl Server {
                 let (head, config) = (answer.head(true), &self.hub.config);
                 if let Ok(socket) = connection.into_stream() {
                     end_if_vanished(&socket, Duration::from_secs(config.write_timeout));
-                    let stream = Stream::new(Box::new(socket), head, chunked, config.retry);
+                    let ends = Instant::now() + Duration::from_secs(config.token_ttl.into());
+                    let stream = Stream::new(Box::new(socket), head, chunked, config.retry, ends);
                     self.hub.subscribe(topics, stream);
                 }
                 return;
