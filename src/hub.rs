@@ -160,10 +160,9 @@ impl Hub {
             }
         }
         drop(map);
-        let count = |name, count| self.metrics.sample(name).add(count);
-        count("sse_events_total", events.len());
-        count("sse_deliveries_total", deliveries);
-        count("sse_delivered_bytes_total", bytes);
+        self.metrics.sample("sse_events_total").add(events.len());
+        self.metrics.sample("sse_deliveries_total").add(deliveries);
+        self.metrics.sample("sse_delivered_bytes_total").add(bytes);
         let events = events.len();
         Ok(Receipt { events, deliveries })
     }
@@ -246,19 +245,18 @@ impl Hub {
     }
 
     pub fn subscribers_of(&self, topic: &str) -> usize {
-        let (topic, map) = (Topic::new(topic), self.map.lock());
-        let members = topic.ok().and_then(|topic| map.topics.get(&topic));
-        members.map_or(0, HashMap::len)
+        let count = |topic| self.map.lock().topics.get(&topic).map_or(0, HashMap::len);
+        // What cannot be a topic has no subscriber.
+        Topic::new(topic).map_or(0, count)
     }
 
     /// The metrics as Prometheus reads them.
     pub fn print_metrics(&self) -> String {
         let map = self.map.lock();
-        let (subscribers, topics) = (map.all.len(), map.topics.len());
+        self.metrics.sample("sse_subscribers").set(map.all.len());
+        self.metrics.sample("sse_topics").set(map.topics.len());
         drop(map);
         self.metrics.sample("sse_capacity").set(self.capacity);
-        self.metrics.sample("sse_subscribers").set(subscribers);
-        self.metrics.sample("sse_topics").set(topics);
         self.metrics.print()
     }
 }

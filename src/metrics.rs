@@ -4,7 +4,8 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::{collections::HashMap, fmt::Display, time::UNIX_EPOCH};
 
-/// The page of a server that has just started: every family, and every sample that there is.
+/// The page of a server that has just started: every family, and every sample that there is. What
+/// is 0 then is counted, or set, under the name in front of it.
 const FIRST_PAGE: &str = include_str!("metrics.prom");
 
 /// Why a stream ended, as the metrics and the log say it.
@@ -67,11 +68,11 @@ impl Sample {
 
 impl Default for Metrics {
     fn default() -> Self {
-        let samples = FIRST_PAGE.lines().filter_map(name_of);
-        let samples = samples.map(|name| (name, Sample::default()));
-        Self {
-            samples: samples.collect(),
-        }
+        let names = FIRST_PAGE
+            .lines()
+            .filter_map(|line| line.strip_suffix(" 0"));
+        let samples = names.map(|name| (name, Sample::default())).collect();
+        Self { samples }
     }
 }
 
@@ -106,16 +107,11 @@ impl Metrics {
 
     /// The Prometheus text format, version 0.0.4.
     pub fn print(&self) -> String {
-        let print = |line| match name_of(line) {
+        let print = |line: &str| match line.strip_suffix(" 0") {
             Some(name) => format!("{name} {}\n", self.sample(name).value.load(Relaxed)),
             None => format!("{line}\n"),
         };
         let page: String = FIRST_PAGE.lines().map(print).collect();
         page.replace("VERSION", env!("CARGO_PKG_VERSION"))
     }
-}
-
-/// Of a line of the first page that will change.
-fn name_of(line: &str) -> Option<&str> {
-    line.strip_suffix(" 0")
 }

@@ -130,18 +130,17 @@ impl Stream {
         delay: u32,
         ends: Instant,
     ) -> Self {
-        let mut stream = Self {
+        let first = Frame::new(&(retry(delay) + COMMENT));
+        Self {
             socket,
             chunked,
             ends,
-            unsent: head.into(),
+            unsent: [head.as_bytes(), first.bytes(chunked)].concat(),
             progress: Instant::now(),
             probes: 0,
             farewell: None,
             over: None,
-        };
-        stream.push(&Frame::new(&(retry(delay) + COMMENT)));
-        stream
+        }
     }
 
     fn is_probed(&self) -> bool {
