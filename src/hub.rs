@@ -35,9 +35,10 @@ pub struct Hub {
     map: Mutex<Map>,
     /// Those that have something to be sent. Not bounded itself: each stands in it at most once.
     pub due: Lane<Arc<Subscriber>>,
-    /// Those to be tried again: they are due in a moment.
+    /// Those to be tried again, all `scheduled` still. Locked for a step.
     pub stalled: Mutex<Vec<Arc<Subscriber>>>,
     /// All of them, to be looked at one after the other. Weak: whoever has left drops out of it.
+    /// Locked for looks at a few of them, which wait for nobody.
     pub circle: Mutex<VecDeque<Weak<Subscriber>>>,
     /// No more events are taken. Set under the map's lock, as events are queued.
     pub closed: AtomicBool,

@@ -28,8 +28,8 @@ pub fn run(hub: &Hub) {
     }
 }
 
-/// Makes stalled streams due again, and looks at each that is not due once in a round, without the
-/// hub's lock, until the server is over.
+/// Makes stalled streams due again, and looks at each stream once in a round, without the hub's
+/// lock, until the server is over.
 pub fn keep(hub: &Hub) {
     // A heartbeat is late by a quarter of its time at most.
     let round = ROUND.min(12 * hub.config.heartbeat) as usize;
@@ -37,6 +37,7 @@ pub fn keep(hub: &Hub) {
         thread::sleep(TICK);
         let stalled = mem::take(&mut *hub.stalled.lock());
         for subscriber in stalled {
+            // Where another thread is quicker than the next line, it is due all the same.
             subscriber.scheduled.store(false, SeqCst);
             hub.schedule(&subscriber);
         }
