@@ -84,8 +84,8 @@ impl Hub {
         let mut map = self.map.lock();
         if map.all.len() >= self.capacity || self.closed.load(SeqCst) {
             drop(map);
-            let turned_away = self.metrics.sample("sse_streams_turned_away_total");
-            return turned_away.warn("stream turned away");
+            let (sample, line) = ("sse_streams_turned_away_total", "stream turned away");
+            return self.metrics.warn(sample, line);
         }
         map.last_id += 1;
         let new = Arc::new(Subscriber {
@@ -161,9 +161,9 @@ impl Hub {
             }
         }
         drop(map);
-        self.metrics.sample("sse_events_total").add(events.len());
-        self.metrics.sample("sse_deliveries_total").add(deliveries);
-        self.metrics.sample("sse_delivered_bytes_total").add(bytes);
+        self.metrics.add("sse_events_total", events.len());
+        self.metrics.add("sse_deliveries_total", deliveries);
+        self.metrics.add("sse_delivered_bytes_total", bytes);
         let events = events.len();
         Ok(Receipt { events, deliveries })
     }
@@ -254,10 +254,10 @@ impl Hub {
     /// The metrics as Prometheus reads them.
     pub fn print_metrics(&self) -> String {
         let map = self.map.lock();
-        self.metrics.sample("sse_subscribers").set(map.all.len());
-        self.metrics.sample("sse_topics").set(map.topics.len());
+        self.metrics.set("sse_subscribers", map.all.len());
+        self.metrics.set("sse_topics", map.topics.len());
         drop(map);
-        self.metrics.sample("sse_capacity").set(self.capacity);
+        self.metrics.set("sse_capacity", self.capacity);
         self.metrics.print()
     }
 }

@@ -35,35 +35,12 @@ pub struct Metrics {
 /// A number: a counter, or a gauge that is set when it is printed. Its atomics are relaxed, since
 /// nothing else is read in the belief that this was counted.
 #[derive(Default)]
-pub struct Sample {
+struct Sample {
     value: AtomicU64,
     /// The second in which a line about it was last logged.
     logged: AtomicU64,
     /// Lines that were not logged since then.
     suppressed: AtomicU64,
-}
-
-impl Sample {
-    pub fn add(&self, count: usize) {
-        self.value.fetch_add(count as u64, Relaxed);
-    }
-
-    pub fn set(&self, value: usize) {
-        self.value.store(value as u64, Relaxed);
-    }
-
-    /// Counts one, and logs a line unless there was one in this second: strangers can cause lines,
-    /// and must not fill a disk.
-    pub fn warn(&self, line: impl Display) {
-        self.add(1);
-        let second = UNIX_EPOCH.elapsed().map_or(0, |time| time.as_secs());
-        if self.logged.swap(second, Relaxed) == second {
-            self.suppressed.fetch_add(1, Relaxed);
-        } else {
-            let suppressed = self.suppressed.swap(0, Relaxed);
-            log::warn!("{line} suppressed={suppressed}");
-        }
-    }
 }
 
 impl Default for Metrics {
@@ -77,31 +54,49 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// One that stands in `metrics.prom`, by its name and label as they stand there.
-    pub fn sample(&self, name: &str) -> &Sample {
+    /// By its name and label, as they stand in `metrics.prom`.
+    fn sample(&self, name: &str) -> &Sample {
         let sample = self.samples.get(name);
         sample.expect("metrics.prom lists all samples")
     }
 
-    /// How often this status was answered.
-    pub fn answered(&self, status: u16) -> &Sample {
-        self.sample(&format!("sse_answers_total{{status=\"{status}\"}}"))
+    pub fn add(&self, name: &str, count: usize) {
+        let sample = self.sample(name);
+        sample.value.fetch_add(count as u64, Relaxed);
+    }
+
+    pub fn set(&self, name: &str, value: usize) {
+        self.sample(name).value.store(value as u64, Relaxed);
+    }
+
+    /// Counts one, and logs a line unless there was one about the same in this second: strangers
+    /// can cause lines, and must not fill a disk.
+    pub fn warn(&self, name: &str, line: impl Display) {
+        self.add(name, 1);
+        let sample = self.sample(name);
+        let second = UNIX_EPOCH.elapsed().map_or(0, |time| time.as_secs());
+        if sample.logged.swap(second, Relaxed) == second {
+            sample.suppressed.fetch_add(1, Relaxed);
+        } else {
+            let suppressed = sample.suppressed.swap(0, Relaxed);
+            log::warn!("{line} suppressed={suppressed}");
+        }
     }
 
     /// Counts a stream that begins.
     pub fn opened(&self, id: u64, topics: usize) {
-        self.sample("sse_streams_opened_total").add(1);
+        self.add("sse_streams_opened_total", 1);
         log::debug!("stream opened: id={id} topics={topics}");
     }
 
     /// Counts the end of a stream; one that the client did not see coming is worth a warning.
     pub fn ended(&self, id: u64, reason: Reason) {
         let Reason(name) = reason;
-        let sample = self.sample(&format!("sse_streams_ended_total{{reason=\"{name}\"}}"));
+        let sample = format!("sse_streams_ended_total{{reason=\"{name}\"}}");
         log::debug!("stream ended: id={id} reason={name}");
         match reason {
-            Reason::LEFT | Reason::SHUTDOWN | Reason::EXPIRED => sample.add(1),
-            _ => sample.warn(format_args!("stream cut: reason={name}")),
+            Reason::LEFT | Reason::SHUTDOWN | Reason::EXPIRED => self.add(&sample, 1),
+            _ => self.warn(&sample, format_args!("stream cut: reason={name}")),
         }
     }
 
@@ -114,4 +109,9 @@ impl Metrics {
         let page: String = FIRST_PAGE.lines().map(print).collect();
         page.replace("VERSION", env!("CARGO_PKG_VERSION"))
     }
+}
+
+/// The name of the sample that counts answers of this status.
+pub fn answers(status: u16) -> String {
+    format!("sse_answers_total{{status=\"{status}\"}}")
 }

@@ -3,7 +3,7 @@
 use tiny_http::Method::{Get, Head, Options, Post};
 
 use crate::http::{Answer, Request};
-use crate::{error::Refusal, error::ensure, hub::Hub};
+use crate::{error::Refusal, error::ensure, hub::Hub, metrics::answers};
 
 /// Characters in the longest token of a query: 64 topics of 40 bytes; a millisecond to open.
 const MAX_TOKEN: usize = 4096;
@@ -39,15 +39,14 @@ pub fn reply(hub: &Hub, door: Door, request: &Result<Request, Refusal>) -> Optio
     let mut accepted = request.iter().flat_map(|it| it.values("Accept"));
     let mut answer = match decided {
         Ok(answer) => {
-            hub.metrics.answered(answer.status).add(1);
+            hub.metrics.add(&answers(answer.status), 1);
             answer
         }
         // By the HTML standard any answer but 200 ends an EventSource for good; a connection that
         // breaks is tried again.
         Err(Refusal { status: 503, text }) if accepted.any(is_stream) => {
             let line = format_args!("stream turned away: {text}");
-            let turned_away = hub.metrics.sample("sse_streams_turned_away_total");
-            turned_away.warn(line);
+            hub.metrics.warn("sse_streams_turned_away_total", line);
             return None;
         }
         Err(refusal) => refuse(hub, &refusal),
@@ -68,7 +67,7 @@ fn refuse(hub: &Hub, Refusal { status, text }: &Refusal) -> Answer {
     // What is quoted may be a part of the payload, which is not for the log.
     let why = text.split(['"', '`']).next().unwrap_or_default();
     let line = format_args!("request refused: status={status} {why}");
-    hub.metrics.answered(*status).warn(line);
+    hub.metrics.warn(&answers(*status), line);
     let field = match status {
         401 => "WWW-Authenticate: Branca\r\n",
         405 => &format!("Allow: {text}\r\n"),

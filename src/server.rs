@@ -200,8 +200,7 @@ impl Server {
                 // Out of descriptors, as a rule. Whoever connects waits in the kernel meanwhile.
                 Err(error) => {
                     let line = format_args!("cannot accept connections: {error}");
-                    let failures = self.hub.metrics.sample("sse_accept_failures_total");
-                    failures.warn(line);
+                    self.hub.metrics.warn("sse_accept_failures_total", line);
                     self.make_room();
                     thread::sleep(MOMENT);
                 }
@@ -231,8 +230,7 @@ impl Server {
         if let Some((_, socket)) = first {
             _ = socket.shutdown(Shutdown::Both);
             let line = "connection closed to make room for another";
-            let evicted = self.hub.metrics.sample("sse_connections_evicted_total");
-            evicted.warn(line);
+            self.hub.metrics.warn("sse_connections_evicted_total", line);
             // There is room when its thread has let go of it: until then no other is closed.
             while Arc::strong_count(&socket) > 1 {
                 thread::sleep(MOMENT);

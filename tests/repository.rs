@@ -53,7 +53,7 @@ const LAYERS: [&str; 11] = [
 
 /// Lines of code in the library: `src/` without the binary. More than the 1,000 it is to have: what
 /// owns the connection took more than the 150 that were meant for it.
-const LIBRARY_LINES: usize = 1_350;
+const LIBRARY_LINES: usize = 1_347;
 
 /// Lines of code in the binary.
 const BINARY_LINES: usize = 120;
