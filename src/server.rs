@@ -12,7 +12,7 @@ use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use crate::http::{Connection, Waiting};
 use crate::routes::{Door, reply};
 use crate::{config::Config, error::Refusal, event::Event, hub::Hub, hub::Receipt};
-use crate::{subscriber::Lane, subscriber::Stream, writer};
+use crate::{subscriber::Lane, subscriber::Stream, token::Subscription, writer};
 
 /// Connections the kernel completes before we accept them. With std's 128, 5,000 clients that
 /// reconnected at once took 20 s and more; with this, 0.2 s.
@@ -253,12 +253,12 @@ impl Server {
         loop {
             let request = connection.receive();
             let mut answer = reply(&self.hub, door, &request)?;
-            if let Some(subscription) = answer.stream.take() {
+            if let Some(Subscription { topics, ends }) = answer.stream.take() {
                 let (socket, config) = (connection.into_stream().ok()?, &self.hub.config);
                 end_if_vanished(&socket, Duration::from_secs(config.write_timeout));
                 let (head, chunked) = (answer.head(true), request.is_ok_and(|it| it.modern));
-                let stream = Stream::new(Box::new(socket), head, chunked, config.retry);
-                self.hub.subscribe(subscription.topics, stream);
+                let stream = Stream::new(Box::new(socket), head, chunked, config.retry, ends);
+                self.hub.subscribe(topics, stream);
                 return None;
             }
             let crowded = Arc::strong_count(&self.threads) > CROWD;
