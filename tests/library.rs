@@ -463,7 +463,7 @@ fn several_servers_live_in_one_process() {
         2
     );
     sub_one.expect_event("one", "");
-    let foreign = keys[0].mint_subscription(&["news"]).unwrap();
+    let foreign = keys[0].mint_subscription(["news"]).unwrap();
     let mut connection = Connection::open(two.addr);
     connection.send(request("GET", &format!("/events?token={foreign}"), "", b""));
     assert_eq!(connection.answer().status, 401);
@@ -566,7 +566,7 @@ fn publishing_never_waits_for_a_subscriber() {
 fn the_crate_mints_what_other_libraries_open() {
     let key = key(&format!("{SECRET},{OTHER_SECRET}"));
     let open = |token: &str| branca::decode(token, &bytes_of_hex(SECRET), 60).unwrap();
-    let token = key.mint_subscription(&["news", "caf\u{e9}"]).unwrap();
+    let token = key.mint_subscription(["news", "caf\u{e9}"]).unwrap();
     type Subscription = BTreeMap<String, Vec<String>>;
     let opened: Subscription = rmp_serde::from_slice(&open(&token)).unwrap();
     let topics = ["news", "caf\u{e9}"].map(String::from).to_vec();
