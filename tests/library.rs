@@ -104,7 +104,7 @@ fn settings_are_read_from_variables() {
         let vars = vars
             .iter()
             .map(|(name, value)| (name.to_string(), value.to_string()));
-        Config::from_vars(vars.collect::<Vec<_>>().into_iter())
+        Config::from_vars(vars)
     };
     let secret = ("SSE_SECRET", SECRET);
     let config = read(&[secret, ("PATH", "/"), ("QUEUE", "3"), ("SSE_QUEUE", "9")]).unwrap();
@@ -114,7 +114,7 @@ fn settings_are_read_from_variables() {
         (&[("SSE_SECRET", "abc")], "SSE_SECRET"),
         (&[secret, ("SSE_QUEUE", "0")], "SSE_QUEUE"),
     ] {
-        let problem = read(vars).err().expect(name);
+        let problem = read(vars).expect_err(name);
         assert!(problem.to_string().contains(name), "{problem}");
     }
 }
