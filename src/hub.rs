@@ -6,12 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::{mem, sync::Arc, sync::Weak};
 
 use crossbeam_channel::{bounded, unbounded};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::event::{Event, Topic, Topics};
 use crate::metrics::{Metrics, Reason};
 use crate::subscriber::{Lane, Stream, Subscriber, Turn};
 use crate::{config::Config, error::Refusal, error::ensure};
+
+/// Attempts of a publisher to make room, after which no other may take it. Two that need a part of a
+/// queue rarely take more than one; one that needs all of it would be passed for ever.
+const MAX_PASSED: u32 = 5;
 
 /// By id: leaving a topic of thousands is a step, not a search.
 type Members = HashMap<u64, Arc<Subscriber>>;
@@ -30,6 +34,9 @@ pub struct Hub {
     pub config: Config,
     /// Subscribers at once.
     pub capacity: usize,
+    /// Publishers come in through here, one after the other. One that was passed too often by others
+    /// keeps it while it makes room.
+    gate: Mutex<()>,
     /// Under this lock a stream's may be taken, never the other way round. Held while queues are
     /// filled; whoever has it waits for no client.
     map: Mutex<Map>,
@@ -60,6 +67,7 @@ impl Hub {
             metrics: Metrics::default(),
             config,
             capacity,
+            gate: Mutex::default(),
             map: Mutex::default(),
             due: Lane { sender, receiver },
             stalled: Mutex::default(),
@@ -119,6 +127,7 @@ impl Hub {
         let queue = self.config.queue as usize;
         let fits = events.len() <= queue;
         ensure(fits, 413, "these are more than SSE_QUEUE events")?;
+        let (mut gate, mut attempts) = (self.gate.lock(), 0);
         let map = loop {
             let map = self.map.lock();
             ensure(!self.closed.load(SeqCst), 503, ENDING)?;
@@ -133,11 +142,18 @@ impl Hub {
                 break map;
             }
             drop(map);
-            for subscriber in crowded.values() {
-                // Besides the turn it has, which may be with a writer that the kernel put aside.
-                if self.turn(subscriber, false) != Turn::Written {
-                    self.schedule(subscriber);
+            let make_room = || {
+                for subscriber in crowded.values() {
+                    // Besides its own turn, which may be with a writer that the kernel put aside.
+                    if self.turn(subscriber, false) != Turn::Written {
+                        self.schedule(subscriber);
+                    }
                 }
+            };
+            attempts += 1;
+            match attempts {
+                ..MAX_PASSED => MutexGuard::unlocked(&mut gate, make_room),
+                _ => make_room(),
             }
         };
         let (mut deliveries, mut bytes) = (0, 0);

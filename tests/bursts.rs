@@ -529,3 +529,51 @@ fn publishers_in_a_burst_are_told_of_the_end() {
         drop(stalled);
     }
 }
+
+/// Publishers of single events find room where one is left, and take it: whoever needs all of a
+/// queue at once would be passed by them for ever.
+#[test]
+fn a_submission_that_fills_a_queue_is_not_passed_for_ever() {
+    let _alone = alone();
+    let house = House::build(InProcess, 64);
+    let readers: Vec<_> = (0..400)
+        .map(|_| {
+            let stream = house.subscribe();
+            in_background(move || read(stream).len())
+        })
+        .collect();
+    let stop = Arc::new(AtomicBool::new(false));
+    let greedy: Vec<_> = (0..3)
+        .map(|own| {
+            let (server, stop) = (house.server().clone(), stop.clone());
+            in_background(move || {
+                let mut number = 0;
+                while !stop.load(SeqCst) {
+                    let data = format!("{own} {number} 0 1");
+                    server.publish(&[event(TOPIC, "", &data)]).unwrap();
+                    number += 1;
+                }
+                number
+            })
+        })
+        .collect();
+    let server = house.server().clone();
+    let whole = in_background(move || {
+        for number in 0..30 {
+            let data = (0..64).map(|index| event(TOPIC, "", &format!("3 {number} {index} 64")));
+            server.publish(&data.collect::<Vec<_>>()).unwrap();
+        }
+    });
+    let taken = wait_until(DEADLINE, || whole.is_finished());
+    stop.store(true, SeqCst);
+    let singles: usize = greedy.into_iter().map(|it| it.join().unwrap()).sum();
+    assert!(
+        taken,
+        "not taken within {DEADLINE:?}, beside {singles} others"
+    );
+    whole.join().unwrap();
+    house.publish(&[(TOPIC, "end", "")]).unwrap();
+    for reader in readers {
+        assert_eq!(reader.join().unwrap(), singles + 30);
+    }
+}
