@@ -14,25 +14,33 @@ pub struct Key {
 
 /// The settings of one server, which [`Server::bind`](crate::Server::bind) checks. None of the
 /// numbers may be zero; none means unlimited. Printed for debugging it hides the secret.
+///
+/// They bound the memory: for each stream `queue` events (shared by all who hear them), an event and
+/// 16 KiB that are being written, and 3 KiB; for each of at most 4,096 other connections `max_body`
+/// and what comes of it, three times as much, and 40 KiB. What the kernel holds for sockets is
+/// its own setting: 4 MiB for one that does not read.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// The secret shared with the backends.
     pub key: Key,
     /// Address for clients and backends. Default 127.0.0.1:8000; port 0 lets the system choose.
     pub listen: SocketAddr,
-    /// Seconds an events token lives, and at most a stream with it. Default 86400: a day.
+    /// Seconds an events token lives, and a stream at most with it, but for two seconds, within
+    /// which it is looked at. Default 86400: a day.
     pub token_ttl: u64,
     /// Where a client with an expired events token is sent for a new one: a path of the same host,
-    /// or a URL. Default none: it is refused.
+    /// or a URL (so is what begins with two slashes). Default none: it is refused.
     pub renew_url: Option<String>,
-    /// Seconds a submission lives, which bounds its replay. Default 300: clocks may differ.
+    /// Seconds a submission lives, which bounds its replay; to this comes by how much the backend's
+    /// clock is ahead, at most 300. Default 300: clocks may differ.
     pub submit_ttl: u64,
-    /// Streams at once. Default 10000.
+    /// Streams at once. Default 10000. Fewer where the process may not have so many descriptors, of
+    /// which each server takes three quarters for itself: several in one process have to share.
     pub max_subscribers: u64,
     /// Topics in one token. Default 64: about as many as fit the longest token.
     pub max_topics: u64,
-    /// Bytes of a submission. Default 16384, which takes about 15 ms to open; at most 65536, which
-    /// takes 0.4 s: base62 is quadratic.
+    /// Bytes of a submission. Default 16384, which takes a millisecond to open; at most 65536, which
+    /// takes fifteen: base62 is quadratic.
     pub max_body: u64,
     /// Events that may wait for one subscriber before it is cut. Default 64: as a rule at
     /// most 1 MiB; of events that are nothing but line ends, 5 MiB.
@@ -44,7 +52,7 @@ pub struct Config {
     /// twice this. Default 3000: the clients of a restarted server come back over 3 seconds.
     pub retry: u64,
     /// Seconds for the head of a request, from its first byte on, and again for its body; also for
-    /// an idle connection, and for a client to take an answer. Default 10.
+    /// an idle connection, and for each write of an answer. Default 10.
     pub read_timeout: u64,
     /// Seconds after which a stream that takes nothing is cut. Default 10.
     pub write_timeout: u64,
@@ -181,8 +189,9 @@ fn take_address(vars: &mut Vars, name: &str) -> io::Result<Option<SocketAddr>> {
 fn read_secret(vars: &mut Vars) -> io::Result<String> {
     match (vars.remove("SSE_SECRET"), vars.remove("SSE_SECRET_FILE")) {
         (Some(secret), None) => Ok(secret),
-        (None, Some(path)) => fs::read_to_string(&path)
-            .map_err(|error| invalid(format!("SSE_SECRET_FILE is {path:?}: {error}"))),
+        // Not shown: it might be the secret, by mistake.
+        (None, Some(path)) => fs::read_to_string(path)
+            .map_err(|error| invalid(format!("SSE_SECRET_FILE cannot be read: {error}"))),
         (None, None) => Err(invalid(format!("SSE_SECRET is not set: it is {SECRET}"))),
         _ => Err(invalid(
             "SSE_SECRET and SSE_SECRET_FILE are both set".into(),

@@ -16,6 +16,9 @@ use crate::{config::Config, error::Refusal, error::ensure, token::Subscription};
 /// Bytes of a request line and its header fields together: what nginx takes of one line.
 const MAX_HEAD: u64 = 8 * 1024;
 
+/// Fields in it, as many as Apache takes: each costs more memory than it has bytes.
+const MAX_FIELDS: usize = 100;
+
 /// Bytes that are read ahead: of a head, or of the requests behind this one.
 const BUFFER: usize = 4 * 1024;
 
@@ -48,12 +51,13 @@ pub struct Answer {
     pub body: String,
     /// The connection becomes this stream, which begins with this head.
     pub stream: Option<Subscription>,
-    /// The request was made with the secret.
+    /// It was a submission, and was accepted.
     pub authentic: bool,
 }
 
-/// Connections whose threads wait for their clients, in the order in which they are closed to make
-/// room. One that is being answered is not among them. Locked for a step in the tree.
+/// Connections whose threads wait for their clients, to read or to write, in the order in which they
+/// are closed to make room. One whose request is being decided on is not among them. Locked for a
+/// step in the tree.
 pub type Waiting = Mutex<BTreeMap<Standing, Arc<TcpStream>>>;
 
 /// Whether it has sent an authentic submission: those that have not go first. When it came, or was
@@ -62,13 +66,13 @@ pub type Waiting = Mutex<BTreeMap<Standing, Arc<TcpStream>>>;
 type Standing = (bool, Instant, RawFd);
 
 /// A socket that is read until a deadline, however slowly its bytes come.
-struct Socket {
+struct DeadlineReader {
     stream: Arc<TcpStream>,
     deadline: Instant,
 }
 
 pub struct Connection<'a> {
-    reader: BufReader<Socket>,
+    reader: BufReader<DeadlineReader>,
     config: &'a Config,
     waiting: &'a Waiting,
     standing: Standing,
@@ -87,7 +91,7 @@ impl Request {
     }
 }
 
-impl Read for Socket {
+impl Read for DeadlineReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = self.deadline.checked_duration_since(Instant::now());
         let left = left.ok_or(ErrorKind::WouldBlock)?;
@@ -103,7 +107,7 @@ impl<'a> Connection<'a> {
         let standing = (false, Instant::now(), stream.as_raw_fd());
         let (stream, deadline) = (Arc::new(stream), Instant::now());
         Self {
-            reader: BufReader::with_capacity(BUFFER, Socket { stream, deadline }),
+            reader: BufReader::with_capacity(BUFFER, DeadlineReader { stream, deadline }),
             config,
             waiting,
             standing,
@@ -117,7 +121,7 @@ impl<'a> Connection<'a> {
     }
 
     /// Reads or writes, for so many seconds at most. Meanwhile the connection may be closed to make
-    /// room for another: then it has to be let go of at once.
+    /// room for another: then nothing is left but to let go of it.
     fn wait<T>(&mut self, time: u64, act: impl FnOnce(&mut Self) -> Received<T>) -> Received<T> {
         let socket = self.reader.get_mut();
         socket.deadline = Instant::now() + Duration::from_secs(time);
@@ -235,6 +239,8 @@ fn read_head(reader: &mut impl BufRead, first: [u8; 1]) -> Received<Request> {
         if line.is_empty() {
             return Ok(request);
         }
+        let room = request.fields.len() < MAX_FIELDS;
+        ensure(room, 431, "the head has over 100 fields")?;
         request.fields.push(parse_field(&line)?);
     }
 }
@@ -301,8 +307,8 @@ fn parse_field(line: &str) -> Result<Header, Refusal> {
 /// How long a body is, and that everybody else sees it so: RFC 9112, sections 3.2 and 6.3.
 fn content_length(request: &Request) -> Result<u64, Refusal> {
     let values = |name| request.values(name).collect::<Vec<_>>();
-    let declared = values("Transfer-Encoding").is_empty();
-    ensure(declared, 411, "send a Content-Length, not in chunks")?;
+    let unchunked = values("Transfer-Encoding").is_empty();
+    ensure(unchunked, 411, "send a Content-Length, not in chunks")?;
     let named = match values("Host")[..] {
         [host] => !host.contains(['/', '?', '#', '@', ' ', '\t']),
         [] => !request.modern,

@@ -29,6 +29,9 @@ pub struct Receipt {
     pub deliveries: usize,
 }
 
+/// Locks, in the order in which they may be taken: `gate`, `map` or `circle`, a stream's; `stalled` and
+/// the queues' own are held for a step. What takes longest under `map`: to queue 64 events to 10,000
+/// subscribers, about 50 ms, and where sockets are full, a write of 2 µs for each.
 pub struct Hub {
     pub metrics: Metrics,
     pub config: Config,
@@ -160,7 +163,7 @@ impl Hub {
         for Event { topic, frame } in events {
             for subscriber in map.topics.get(topic).into_iter().flat_map(HashMap::values) {
                 let queue = &subscriber.queue.sender;
-                // Behind a full socket only, which may have been drained a moment ago.
+                // Behind a full socket, as a rule, which may have been drained a moment ago.
                 if queue.is_full() {
                     self.turn(subscriber, false);
                 }

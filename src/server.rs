@@ -139,14 +139,18 @@ impl Server {
     /// # Errors
     /// Where the system has too few threads left. Then nothing is served.
     pub fn run(self: &Arc<Self>) -> io::Result<()> {
-        let threads: [fn(&Arc<Self>); _] = [
+        let threads: [fn(&Arc<Self>); 5] = [
             // Two, as the smallest machines have cores. More gain little, since they meet at the
             // hub's lock and in the kernel.
             |server| writer::run(&server.hub),
             |server| writer::run(&server.hub),
             |server| writer::keep(&server.hub),
-            // The first of the pool, without which there is no service; more come as needed.
-            |server| server.work(),
+            // One of the pool, without which there is no service, stays; more come as needed.
+            |server| {
+                while !server.hub.over.load(SeqCst) {
+                    server.work();
+                }
+            },
             |server| server.accept(server.metrics_listener.as_ref(), Door::Metrics),
         ];
         let started = threads.into_iter().try_for_each(|work| self.spawn(work));
@@ -159,13 +163,17 @@ impl Server {
             thread::sleep(Duration::from_millis(2));
         }
         self.hub.end();
-        // Whoever still waits for a client, or for a connection.
+        // Whoever still waits for a connection, or for a client: to send, and in the end to take an
+        // answer, which may be that a submission was accepted.
         while Arc::strong_count(&self.threads) > 1 {
+            let late = Instant::now() > deadline;
+            let how = if late { Shutdown::Both } else { Shutdown::Read };
             for socket in self.waiting.lock().values() {
-                _ = socket.shutdown(Shutdown::Both);
+                _ = socket.shutdown(how);
             }
             _ = self.pool.sender.send_timeout(None, MOMENT);
         }
+        // A writer may have put one back since.
         self.hub.end();
         started
     }
@@ -181,7 +189,9 @@ impl Server {
         }
     }
 
-    /// Starts a thread. A panic ends it, and nothing else.
+    /// Starts a thread. What may panic in one has its own guard: a turn in [`Subscriber::turn`]; in
+    /// a thread of the pool a panic ends its connection, and other threads come. No lock is
+    /// poisoned: what is held under one is left whole between any two steps that may panic.
     fn spawn(self: &Arc<Self>, work: fn(&Arc<Self>)) -> io::Result<()> {
         let (server, running) = (self.clone(), self.threads.clone());
         let thread = thread::Builder::new().stack_size(STACK);
@@ -217,8 +227,11 @@ impl Server {
         while let Err(nobody) = self.pool.sender.send_timeout(arrival, patience)
             && !self.hub.closed.load(SeqCst)
         {
-            let full = Arc::strong_count(&self.threads) > MAX_THREADS;
-            if full || self.spawn(|server| server.work()).is_err() {
+            if Arc::strong_count(&self.threads) > MAX_THREADS {
+                self.make_room();
+            } else if let Err(error) = self.spawn(|server| server.work()) {
+                let line = format_args!("cannot start a thread: {error}");
+                self.hub.metrics.accept_failures.warn(line);
                 self.make_room();
             }
             (arrival, patience) = (nobody.into_inner(), HAND_OVER.min(10 * patience));

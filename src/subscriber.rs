@@ -37,11 +37,14 @@ pub struct Subscriber {
     pub id: u64,
     pub topics: Topics,
     /// From publishers to writers: bounded, so that whoever does not read costs no more than this.
+    /// Taken from under the stream's lock only, into `unsent`, so that there is one order; what
+    /// leaves `unsent` is on the wire, or the stream is over.
     pub queue: Lane<Frame>,
     /// Stands in a lane, or has its turn: true from then on until the end of the turn, so that it
     /// stands in one lane at most, and once. Whoever leaves work (an event, unsent bytes) does so
     /// *before* looking here; whoever ends a turn clears this *before* looking for work. One of the
-    /// two sees the other: that takes one order of all four steps, hence `SeqCst`.
+    /// two sees the other: that takes one order of all four steps, hence `SeqCst`, as the queue's own
+    /// ends are.
     pub scheduled: AtomicBool,
     /// Needs a turn, whatever the queue holds: the last one did not come to [`Turn::Written`]. Set
     /// under the stream's lock. A publisher reads it without: it may come too late, but then finds
@@ -56,7 +59,7 @@ pub struct Stream {
     socket: Box<dyn Socket>,
     /// Each frame goes in a chunk of its own.
     chunked: bool,
-    /// When its token does.
+    /// When it has to end, since its token expires.
     ends: Instant,
     /// Whole frames, of the first of which a part may have been sent.
     unsent: Vec<u8>,
@@ -84,8 +87,8 @@ pub enum Turn {
 impl Subscriber {
     /// Writes what waits, in as few writes as can be; before that, where it is `looking`, sees
     /// whether the client is still there. Waits for nobody but another turn of this stream. Unless
-    /// the socket is full, there is room in the queue afterwards. `closing`: whether the hub takes
-    /// no more events, as read before this is called.
+    /// the socket is full, there is room for one in the queue afterwards. `closing`: whether the hub
+    /// takes no more events, as read before this is called.
     pub fn turn(&self, looking: bool, closing: bool, config: &Config) -> Turn {
         let mut stream = self.stream.lock();
         if stream.over.is_none() {
@@ -96,11 +99,16 @@ impl Subscriber {
                     stream.look(config)?;
                 }
                 stream.flush(config)?;
+                let expired = Instant::now() >= stream.ends;
                 if stream.unsent.is_empty() {
-                    stream.fill(&self.queue.receiver, closing, config);
-                    stream.flush(config)?;
+                    stream.fill(&self.queue.receiver, expired, closing, config);
+                    stream.flush(config)
+                } else if expired && stream.farewell.is_none() {
+                    // It does not read: what it reads later it may hear no more.
+                    Err(Reason::Expired)
+                } else {
+                    Ok(())
                 }
-                Ok(())
             });
             stream.over = catch_unwind(act).unwrap_or(Err(Reason::Fault)).err();
         }
@@ -121,8 +129,8 @@ impl Subscriber {
 }
 
 impl Stream {
-    /// Begins with the head of an answer; to an HTTP/1.1 client each frame is sent as a chunk. Is
-    /// looked at every two seconds: ends so much later than `ends` at most, or stalls.
+    /// Begins with the head of an answer; to an HTTP/1.1 client each frame is sent as a chunk. Ends
+    /// at the first turn behind `ends`, two seconds later at most, when it is looked at.
     pub fn new(
         socket: Box<dyn Socket>,
         head: String,
@@ -164,8 +172,7 @@ impl Stream {
     }
 
     /// Takes events from the queue, and adds the farewell where it is time for it.
-    fn fill(&mut self, queue: &Receiver<Frame>, closing: bool, config: &Config) {
-        let expired = Instant::now() >= self.ends;
+    fn fill(&mut self, queue: &Receiver<Frame>, expired: bool, closing: bool, config: &Config) {
         for frame in queue.try_iter().take(queue.len()) {
             self.push(&frame);
             // One that has expired gets all that was queued by now, and nothing else.

@@ -63,6 +63,8 @@ fn ignore<'de, D: Deserializer<'de>>(input: D) -> Result<(), D::Error> {
     IgnoredAny::deserialize(input).map(drop)
 }
 
+/// One key for both: what a token is good for is told by the list that it holds, `topics` or
+/// `events`; one with both, which only somebody with the secret can make, is good for both.
 impl Key {
     /// A token for `/events` that permits these topics, dated now.
     ///
@@ -218,6 +220,8 @@ fn decode_base62(text: &str) -> Option<Vec<u8>> {
     (!text.starts_with('0')).then(|| bytes.skip_while(|byte| *byte == 0).collect())
 }
 
+/// Seconds since 1970. A clock that is set back makes what has expired good again, and what is new
+/// dated ahead; set forward, it ends what is good. Streams that are open have a clock of their own.
 fn now() -> u64 {
     UNIX_EPOCH.elapsed().unwrap_or_default().as_secs()
 }
