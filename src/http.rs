@@ -19,32 +19,37 @@ const MAX_HEAD: u64 = 8 * 1024;
 /// Bytes that are read ahead: of a head, or of the requests behind this one.
 const BUFFER: usize = 4 * 1024;
 
-/// How long a client may take to read the last answer of a connection. To close while its bytes
+/// Seconds a client may take to read the last answer of a connection. To close while its bytes
 /// are unread would reset it, and the answer would be lost.
-const LINGER: Duration = Duration::from_secs(1);
+const LINGER: u64 = 1;
 
 /// A request that is whole and well-formed.
 pub struct Request {
     pub method: Method,
     pub path: String,
     pub query: String,
-    /// A byte above 0x7F in a value, which browsers and proxies do send, stands here as 0x7F.
-    pub fields: Vec<Header>,
     /// HTTP/1.1, whose clients understand chunks.
     pub modern: bool,
+    /// A byte above 0x7F in a value, which browsers and proxies do send, stands here as 0x7F.
+    pub fields: Vec<Header>,
     /// Nothing where it is longer than `SSE_MAX_BODY`: then it is left unread.
     pub body: Option<Vec<u8>>,
-    /// No other request can follow.
-    pub last: bool,
 }
+
+/// What came, or why it is no request, to be answered; or nothing, where the client left, was
+/// silent for too long, or made room: then the connection has to be closed.
+pub type Received<T> = Result<T, Option<Refusal>>;
 
 pub struct Answer {
     pub status: u16,
     /// Whole lines, all but those that say how the connection goes on.
     pub fields: String,
+    /// Empty where there cannot be one. Who asks for the head alone is told its length.
     pub body: String,
     /// The connection becomes this stream, which begins with this head.
     pub stream: Option<Subscription>,
+    /// The request was made with the secret.
+    pub authentic: bool,
 }
 
 /// Connections whose threads wait for their clients, in the order in which they are closed to make
@@ -56,172 +61,121 @@ pub type Waiting = Mutex<BTreeMap<Standing, Arc<TcpStream>>>;
 /// the time makes a connection young again. And what tells those of one moment apart.
 type Standing = (bool, Instant, RawFd);
 
-/// A socket that its thread waits for until the deadline, unless another one needs its place.
-struct Socket<'a> {
+/// A socket that is read until a deadline, however slowly its bytes come.
+struct Socket {
     stream: Arc<TcpStream>,
-    waiting: &'a Waiting,
-    standing: Standing,
     deadline: Instant,
 }
 
 pub struct Connection<'a> {
-    reader: BufReader<Socket<'a>>,
-    /// For silence, a head, a body, or until an answer is taken.
-    patience: Duration,
-    max_body: u64,
+    reader: BufReader<Socket>,
+    config: &'a Config,
+    waiting: &'a Waiting,
+    standing: Standing,
+    /// The next answer has no body.
+    head_only: bool,
+    /// The next answer ends it.
+    last: bool,
 }
 
 impl Request {
     /// The values of a field, one for each comma and each line.
     pub fn values(&self, name: &'static str) -> impl Iterator<Item = &str> {
         let named = self.fields.iter().filter(move |it| it.field.equiv(name));
-        named
-            .flat_map(|it| it.value.as_str().split(','))
-            .map(str::trim)
+        let values = named.flat_map(|it| it.value.as_str().split(','));
+        values.map(str::trim)
     }
 }
 
-impl Socket<'_> {
-    fn wait<T>(&self, act: impl FnOnce(&TcpStream) -> io::Result<T>) -> io::Result<T> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(ErrorKind::WouldBlock.into());
-        }
-        let stream = self.stream.clone();
-        stream.set_read_timeout(Some(left))?;
-        stream.set_write_timeout(Some(left))?;
-        self.waiting.lock().insert(self.standing, stream);
-        let result = act(&self.stream);
-        match self.waiting.lock().remove(&self.standing) {
-            Some(_) => result,
-            None => Err(ErrorKind::ConnectionAborted.into()),
-        }
-    }
-}
-
-impl Read for Socket<'_> {
+impl Read for Socket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            match self.wait(|mut stream| stream.read(buffer)) {
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                read => return read,
-            }
-        }
+        let left = self.deadline.checked_duration_since(Instant::now());
+        let left = left.ok_or(ErrorKind::WouldBlock)?;
+        self.stream.set_read_timeout(Some(left))?;
+        (&*self.stream).read(buffer)
     }
 }
 
 impl<'a> Connection<'a> {
-    pub fn new(stream: TcpStream, config: &Config, waiting: &'a Waiting) -> Self {
-        let now = Instant::now();
-        let socket = Socket {
-            standing: (false, now, stream.as_raw_fd()),
-            stream: Arc::new(stream),
-            waiting,
-            deadline: now,
-        };
+    pub fn new(stream: TcpStream, config: &'a Config, waiting: &'a Waiting) -> Self {
+        // For each write: an answer takes one, or where it does not fit the socket, a few.
+        _ = stream.set_write_timeout(Some(Duration::from_secs(config.read_timeout)));
+        let standing = (false, Instant::now(), stream.as_raw_fd());
+        let (stream, deadline) = (Arc::new(stream), Instant::now());
         Self {
-            reader: BufReader::with_capacity(BUFFER, socket),
-            patience: Duration::from_secs(config.read_timeout),
-            max_body: config.max_body.into(),
+            reader: BufReader::with_capacity(BUFFER, Socket { stream, deadline }),
+            config,
+            waiting,
+            standing,
+            head_only: false,
+            last: false,
         }
     }
 
-    fn wait_until(&mut self, deadline: Instant) {
-        self.reader.get_mut().deadline = deadline;
+    pub fn socket(&self) -> &TcpStream {
+        &self.reader.get_ref().stream
+    }
+
+    /// Reads or writes, for so many seconds at most. Meanwhile the connection may be closed to make
+    /// room for another: then it has to be let go of at once.
+    fn wait<T>(&mut self, time: u64, act: impl FnOnce(&mut Self) -> Received<T>) -> Received<T> {
+        let socket = self.reader.get_mut();
+        socket.deadline = Instant::now() + Duration::from_secs(time);
+        let (standing, stream) = (self.standing, socket.stream.clone());
+        self.waiting.lock().insert(standing, stream);
+        let result = act(self);
+        let remained = self.waiting.lock().remove(&standing);
+        remained.ok_or(None).and(result)
     }
 
     /// The next request. Waits for the client, but no longer than the settings say.
-    ///
-    /// # Errors
-    /// Why what came is no request, to be answered; or nothing, where the client left, was silent
-    /// for too long, or made room. Either way the connection has to be closed.
-    pub fn receive(&mut self) -> Result<Request, Option<Refusal>> {
-        self.wait_until(Instant::now() + self.patience);
-        // Some clients send a line end behind a body: RFC 9112, section 2.2.
-        while let [b'\r' | b'\n', ..] = self.reader.fill_buf().map_err(|_| None)? {
-            self.reader.consume(1);
-        }
-        self.wait_until(Instant::now() + self.patience);
-        let mut request = self.receive_head()?;
+    pub fn receive(&mut self) -> Received<Request> {
+        // What is no request has no end behind which the next could begin.
+        (self.head_only, self.last) = (false, true);
+        let patience = self.config.read_timeout;
+        let first = self.wait(patience, |it| read_first(&mut it.reader))?;
+        let mut request = self.wait(patience, |it| read_head(&mut it.reader, first))?;
+        self.head_only = request.method == Method::Head;
         let length = content_length(&request)?;
-        if length > self.max_body {
-            request.last = true;
+        if length > self.config.max_body.into() {
             return Ok(request);
         }
-        self.wait_until(Instant::now() + self.patience);
-        let (expects, came) = (
-            request.values("Expect").count() > 0,
-            self.reader.buffer().len(),
-        );
-        if expects && request.modern && (came as u64) < length {
-            self.write("HTTP/1.1 100 Continue\r\n\r\n")
-                .map_err(unread)?;
+        let expects = request.values("Expect").next().is_some();
+        if expects && request.modern && length > self.reader.buffer().len() as u64 {
+            self.write("HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         let mut body = vec![0; length as usize];
-        self.reader.read_exact(&mut body).map_err(unread)?;
+        let read = |it: &mut Self| it.reader.read_exact(&mut body).map_err(unread);
+        self.wait(patience, read)?;
         request.body = Some(body);
+        let is_close = |it: &str| it.eq_ignore_ascii_case("close");
+        self.last = !request.modern || request.values("Connection").any(is_close);
         Ok(request)
     }
 
-    fn receive_head(&mut self) -> Result<Request, Option<Refusal>> {
-        let come = self.reader.fill_buf().map_err(unread)?;
-        let first = come.first().ok_or(None)?;
-        let begins = is_token(&char::from(*first).to_string());
-        ensure(begins, 400, "this is no HTTP request")?;
-        let mut head = self.reader.by_ref().take(MAX_HEAD);
-        // Judged before the rest has come: whoever speaks another protocol need not wait.
-        let line = read_line(&mut head, 414)?;
-        let (method, target, modern) = parse_request_line(&line)?;
-        let (path, query) = target.split_once('?').unwrap_or((target, ""));
-        let mut request = Request {
-            method: method.parse().expect("a token is a method"),
-            path: path.into(),
-            query: query.into(),
-            fields: Vec::new(),
-            modern,
-            body: None,
-            last: !modern,
-        };
-        loop {
-            let line = read_line(&mut head, 431)?;
-            if line.is_empty() {
-                break;
-            }
-            request.fields.push(parse_field(&line)?);
+    fn write(&mut self, text: &str) -> Received<()> {
+        let write = |it: &mut Self| it.socket().write_all(text.as_bytes()).map_err(unread);
+        self.wait(self.config.read_timeout, write)
+    }
+
+    /// Answers what was received last. Nothing where no other request can follow: the answer said
+    /// so, or the client did not take it, or made room. `crowded`: no connection is kept that never
+    /// was authentic; `ending`: none at all.
+    pub fn answer(mut self, answer: &Answer, crowded: bool, ending: bool) -> Option<Self> {
+        if answer.authentic {
+            self.standing = (true, Instant::now(), self.socket().as_raw_fd());
         }
-        let options = request.values("Connection");
-        let closing = options.filter(|it| it.eq_ignore_ascii_case("close"));
-        request.last |= closing.count() > 0;
-        Ok(request)
-    }
-
-    fn write(&mut self, text: &str) -> io::Result<()> {
-        self.wait_until(Instant::now() + self.patience);
-        let socket = self.reader.get_ref();
-        socket.wait(|mut stream| stream.write_all(text.as_bytes()))
-    }
-
-    /// Answers a request, or what was none. `last`: no other can follow.
-    ///
-    /// # Errors
-    /// Where the client does not take the answer, or made room: no other can follow.
-    pub fn answer(&mut self, answer: &Answer, head_only: bool, last: bool) -> io::Result<()> {
-        let body = if head_only { "" } else { &answer.body };
-        self.write(&(answer.head(last) + body))
-    }
-
-    /// What came last was made with the secret.
-    pub fn is_authentic(&mut self) {
-        let socket = self.reader.get_mut();
-        let (_, _, descriptor) = socket.standing;
-        socket.standing = (true, Instant::now(), descriptor);
-    }
-
-    /// Ends the connection so that the client sees the last answer.
-    pub fn close(mut self) {
-        _ = self.reader.get_ref().stream.shutdown(Shutdown::Write);
-        self.wait_until(Instant::now() + LINGER);
-        _ = io::copy(self.reader.get_mut(), &mut io::sink());
+        let (authentic, ..) = self.standing;
+        self.last |= ending || (crowded && !authentic);
+        let body = if self.head_only { "" } else { &answer.body };
+        let written = self.write(&(answer.head(self.last) + body));
+        if written.is_ok() && !self.last {
+            return Some(self);
+        }
+        _ = self.socket().shutdown(Shutdown::Write);
+        let read = |it: &mut Self| io::copy(&mut it.reader, &mut io::sink()).map_err(unread);
+        _ = self.wait(LINGER, read);
+        None
     }
 
     /// The socket, which from now on never waits. What was read behind the request is dropped.
@@ -238,21 +192,23 @@ impl<'a> Connection<'a> {
 impl Answer {
     /// The head, up to and with the blank line. `last`: no other answer can follow.
     pub fn head(&self, last: bool) -> String {
-        let phrase = StatusCode(self.status).default_reason_phrase();
-        let (status, fields, date) = (self.status, &self.fields, date());
+        let length = format!("Content-Length: {}\r\n", self.body.len());
+        let length = if self.body.is_empty() { "" } else { &length };
         let close = if last { "Connection: close\r\n" } else { "" };
-        format!("HTTP/1.1 {status} {phrase}\r\n{date}\r\n{fields}{close}\r\n")
+        status_and_date(self.status) + &self.fields + length + close + "\r\n"
     }
 }
 
-/// The `Date` field of now. The library's own printer knows the calendar.
-fn date() -> String {
-    let (mut text, nothing) = (Vec::new(), Response::empty(200));
-    let printed = nothing.raw_print(&mut text, HTTPVersion(1, 1), &[], true, None);
+/// The status line and the `Date` field of now, of what the library prints: it knows the phrases
+/// and the calendar.
+fn status_and_date(status: u16) -> String {
+    let (mut text, answer) = (Vec::new(), Response::empty(StatusCode(status)));
+    let printed = answer.raw_print(&mut text, HTTPVersion(1, 1), &[], true, None);
     printed.expect("memory takes all");
     let text = String::from_utf8_lossy(&text);
-    let date = text.lines().find(|line| line.starts_with("Date: "));
-    date.expect("it prints one").into()
+    let lines = text.split_inclusive('\n');
+    let is_wanted = |line: &&str| line.starts_with("HTTP/") || line.starts_with("Date: ");
+    lines.filter(is_wanted).collect()
 }
 
 /// What to answer where no more can be read.
@@ -261,9 +217,31 @@ fn unread(error: io::Error) -> Option<Refusal> {
     late.then(|| Refusal::new(408, "the request did not come whole in time"))
 }
 
+/// The first byte of a request. Some clients send a line end behind a body: RFC 9112, section 2.2.
+fn read_first(reader: &mut impl BufRead) -> Received<[u8; 1]> {
+    let is_line_end = |byte: &io::Result<u8>| matches!(byte, Ok(b'\r' | b'\n'));
+    let mut bytes = reader.bytes().skip_while(is_line_end);
+    Ok([bytes.next().and_then(Result::ok).ok_or(None)?])
+}
+
+/// A request without its body.
+fn read_head(reader: &mut impl BufRead, first: [u8; 1]) -> Received<Request> {
+    ensure(first[0].is_ascii_graphic(), 400, "this is no HTTP request")?;
+    let mut head = first.as_slice().chain(reader).take(MAX_HEAD);
+    // Judged before the rest has come: whoever speaks another protocol need not wait.
+    let mut request = parse_request_line(&read_line(&mut head, 414)?)?;
+    loop {
+        let line = read_line(&mut head, 431)?;
+        if line.is_empty() {
+            return Ok(request);
+        }
+        request.fields.push(parse_field(&line)?);
+    }
+}
+
 /// A line of a head without its end, which is CRLF and nothing else. What is above 0x7F, and may
 /// stand in a value, becomes a character that may not elsewhere.
-fn read_line(head: &mut Take<impl BufRead>, too_long: u16) -> Result<String, Option<Refusal>> {
+fn read_line(head: &mut Take<impl BufRead>, too_long: u16) -> Received<String> {
     let mut line = Vec::new();
     head.read_until(b'\n', &mut line).map_err(unread)?;
     let last = line.pop();
@@ -281,30 +259,32 @@ fn is_token(word: &str) -> bool {
     !word.is_empty() && word.chars().all(allowed)
 }
 
-/// Method, target, and whether it is HTTP/1.1: RFC 9112, section 3.
-fn parse_request_line(line: &str) -> Result<(&str, &str, bool), Refusal> {
-    let (words, wrong) = (
-        line.split(' ').collect::<Vec<_>>(),
-        "the request line is malformed",
-    );
-    let [method, target, version] = words[..] else {
-        return Err(Refusal::new(400, wrong));
-    };
+/// RFC 9112, section 3: a request that as yet has neither fields nor a body.
+fn parse_request_line(line: &str) -> Result<Request, Refusal> {
+    let malformed = "the request line is malformed";
+    let (method, rest) = line.split_once(' ').unwrap_or_default();
+    let (target, version) = rest.split_once(' ').unwrap_or_default();
     let is_target = !target.is_empty() && target.bytes().all(|it| it.is_ascii_graphic());
-    ensure(is_token(method) && is_target, 400, wrong)?;
+    ensure(is_token(method) && is_target, 400, malformed)?;
     // A proxy is told whose path it is, which does not matter here.
     let is_http = |scheme: &str| ["http", "https"].contains(&&*scheme.to_ascii_lowercase());
     let target = match target.split_once("://") {
-        Some((scheme, rest)) if is_http(scheme) => {
-            rest.find(['/', '?']).map_or("", |begin| &rest[begin..])
-        }
+        Some((scheme, rest)) if is_http(scheme) => rest.trim_start_matches(|c| !"/?".contains(c)),
         _ => target,
     };
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let request = Request {
+        method: method.parse().expect("a token is a method"),
+        path: path.into(),
+        query: query.into(),
+        modern: version == "HTTP/1.1",
+        fields: Vec::new(),
+        body: None,
+    };
     match version.strip_prefix("HTTP/").unwrap_or_default().as_bytes() {
-        b"1.1" => Ok((method, target, true)),
-        b"1.0" => Ok((method, target, false)),
+        b"1.0" | b"1.1" => Ok(request),
         [b'0'..=b'9', b'.', b'0'..=b'9'] => Err(Refusal::new(505, "HTTP/1.0 and 1.1 only")),
-        _ => Err(Refusal::new(400, wrong)),
+        _ => Err(Refusal::new(400, malformed)),
     }
 }
 
@@ -323,15 +303,17 @@ fn content_length(request: &Request) -> Result<u64, Refusal> {
     let values = |name| request.values(name).collect::<Vec<_>>();
     let declared = values("Transfer-Encoding").is_empty();
     ensure(declared, 411, "send a Content-Length, not in chunks")?;
-    let (hosts, lengths) = (values("Host"), values("Content-Length"));
-    let is_host = |host: &&str| !host.contains(['/', '?', '#', '@', ' ', '\t']);
-    let named = hosts.len() == 1 || hosts.is_empty() && !request.modern;
-    let named = named && hosts.iter().all(is_host);
+    let named = match values("Host")[..] {
+        [host] => !host.contains(['/', '?', '#', '@', ' ', '\t']),
+        [] => !request.modern,
+        _ => false,
+    };
     ensure(named, 400, "a request has one Host, a name")?;
-    let is_number = |it: &&str| !it.is_empty() && it.bytes().all(|it| it.is_ascii_digit());
-    let counted = lengths.len() <= 1 && lengths.iter().all(is_number);
-    ensure(counted, 400, "a Content-Length is one plain number")?;
-    // Digits too many for a number are over every limit.
-    let parsed = |digits: &&str| digits.parse().unwrap_or(u64::MAX);
-    Ok(lengths.first().map_or(0, parsed))
+    let is_number = |it: &str| !it.is_empty() && it.bytes().all(|it| it.is_ascii_digit());
+    match values("Content-Length")[..] {
+        [] => Ok(0),
+        // Digits too many for a number are over every limit.
+        [length] if is_number(length) => Ok(length.parse().unwrap_or(u64::MAX)),
+        _ => Err(Refusal::new(400, "a Content-Length is one plain number")),
+    }
 }

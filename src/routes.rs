@@ -2,8 +2,10 @@
 
 use tiny_http::Method::{Get, Head, Options, Post};
 
-use crate::http::{Answer, Request};
+use crate::http::{Answer, Received, Request};
 use crate::{config::Config, error::Refusal, error::ensure, hub::Hub, token::MAX_QUERY_TOKEN};
+
+const JSON: &str = "Content-Type: application/json\r\n";
 
 const TEXT: &str = "Content-Type: text/plain; charset=utf-8\r\n";
 
@@ -27,10 +29,10 @@ pub enum Door {
 
 /// Answers a request, or what was refused as none; counts, and says in the log what is wrong.
 /// Nothing where the connection is to be closed unanswered. Blocks where [`Hub::publish`] does.
-pub fn reply(hub: &Hub, door: Door, request: &Result<Request, Refusal>) -> Option<Answer> {
+pub fn reply(hub: &Hub, door: Door, request: &Received<Request>) -> Option<Answer> {
     let decided = match request {
         Ok(request) => decide(hub, door, request),
-        Err(refusal) => Err(refusal.clone()),
+        Err(refusal) => Err(refusal.clone()?),
     };
     let mut accepted = request.iter().flat_map(|it| it.values("Accept"));
     let mut answer = match decided {
@@ -88,25 +90,17 @@ fn refuse(hub: &Hub, Refusal { status, text, .. }: &Refusal) -> Answer {
         503 => "Retry-After: 5\r\n",
         _ => "",
     };
-    answer(*status, &[TEXT, field], format!("{text}\n"))
+    let fields = [TEXT, field].concat();
+    answer(*status, fields, format!("{text}\n"))
 }
 
-fn answer(status: u16, fields: &[&str], body: String) -> Answer {
-    let length = format!("Content-Length: {}\r\n", body.len());
+fn answer(status: u16, fields: impl Into<String>, body: String) -> Answer {
     Answer {
         status,
-        fields: fields.concat() + &length,
+        fields: fields.into(),
         body,
         stream: None,
-    }
-}
-
-fn answer_without_body(status: u16, fields: String) -> Answer {
-    Answer {
-        status,
-        fields,
-        body: String::new(),
-        stream: None,
+        authentic: false,
     }
 }
 
@@ -115,14 +109,16 @@ fn decide(hub: &Hub, door: Door, request: &Request) -> Result<Answer, Refusal> {
         (Door::Public, _, Options) => return Ok(preflight(request)),
         (Door::Public, "/events", Get | Head) => return open_stream(hub, request),
         (Door::Public, "/submit", Post) => return submit(hub, request),
-        (Door::Public, "/ping", Get | Head) => return Ok(answer(200, &[TEXT], "ok\n".into())),
+        (Door::Public, "/ping", Get | Head) => {
+            return Ok(answer(200, TEXT, "ok\n".into()));
+        }
         (Door::Public, "/events" | "/ping", _) => (405, "GET, HEAD, OPTIONS"),
         (Door::Public, "/submit", _) => (405, "POST, OPTIONS"),
         (Door::Public, ..) => (404, "no such path: try /events, /submit or /ping"),
         (Door::Metrics, "/metrics", Get | Head) => {
             let (subscribers, topics) = (hub.subscribers(), hub.topics());
             let page = hub.metrics.print(subscribers, hub.capacity, topics);
-            return Ok(answer(200, &[PROMETHEUS], page));
+            return Ok(answer(200, PROMETHEUS, page));
         }
         (Door::Metrics, "/metrics", _) => (405, "GET, HEAD"),
         (Door::Metrics, ..) => (404, "no such path: try /metrics"),
@@ -142,14 +138,14 @@ fn open_stream(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
         // Followed by the browser itself, without which a plain EventSource ends for good.
         (Err(refusal), Some(url)) if refusal.expired => {
             let fields = format!("Location: {url}\r\nCache-Control: no-store\r\n");
-            return Ok(answer(307, &[&fields], String::new()));
+            return Ok(answer(307, fields, format!("{}: see Location\n", refusal.text)));
         }
         (opened, _) => opened?,
     };
     hub.room()?;
     let chunked = "Transfer-Encoding: chunked\r\n";
     let fields = [STREAM, if request.modern { chunked } else { "" }];
-    let mut answer = answer_without_body(200, fields.concat());
+    let mut answer = answer(200, fields.concat(), String::new());
     answer.stream = Some(subscription).filter(|_| request.method == Get);
     Ok(answer)
 }
@@ -164,7 +160,9 @@ fn submit(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
     let receipt = hub.publish(&events)?;
     let (events, deliveries) = (receipt.events, receipt.deliveries);
     let text = format!("{{\"events\": {events}, \"deliveries\": {deliveries}}}\n");
-    Ok(answer(200, &["Content-Type: application/json\r\n"], text))
+    let mut answer = answer(200, JSON, text);
+    answer.authentic = true;
+    Ok(answer)
 }
 
 /// What a browser asks before a page may send fields of its own: those that it names are allowed,
@@ -172,7 +170,7 @@ fn submit(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
 fn preflight(request: &Request) -> Answer {
     let named = request.values("Access-Control-Request-Headers");
     let named: String = named.map(|name| format!(", {name}")).collect();
-    answer_without_body(204, format!("{PREFLIGHT}{named}\r\n"))
+    answer(204, format!("{PREFLIGHT}{named}\r\n"), String::new())
 }
 
 impl Config {

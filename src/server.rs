@@ -2,14 +2,12 @@
 //! the pool.
 
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, atomic::AtomicUsize, atomic::Ordering::SeqCst};
+use std::sync::{Arc, atomic::Ordering::SeqCst};
 use std::{io, io::ErrorKind, thread, time::Duration, time::Instant};
 
 use crossbeam_channel::bounded;
 use rlimit::Resource;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
-use tiny_http::Method;
 
 use crate::http::{Connection, Waiting};
 use crate::routes::{Door, reply};
@@ -24,6 +22,11 @@ const BACKLOG: i32 = 4096;
 /// silent. When there are so many, each that comes takes the place of one that waits.
 const MAX_THREADS: usize = 4096;
 
+/// Threads above which no connection is kept for a stranger. Hundreds that send a thousand requests
+/// at once wait for a core, not for their clients: whichever was closed to make room took a third
+/// of a second to notice, and publishers stood in line behind all of them.
+const CROWD: usize = 128;
+
 /// How long a connection waits for a thread to be free, before another is started.
 const MOMENT: Duration = Duration::from_micros(200);
 
@@ -36,10 +39,6 @@ const IDLE: Duration = Duration::from_secs(5);
 
 /// Address space for each of them; what is touched of it, about 16 KiB, becomes memory.
 const STACK: usize = 512 * 1024;
-
-/// Threads that write: as many as the cores of the smallest machines. More gain little, since
-/// they meet at the hub's lock and in the kernel.
-const WRITERS: usize = 2;
 
 /// How long an ending server waits for its subscribers to take what is queued.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -55,8 +54,8 @@ pub struct Server {
     waiting: Waiting,
     /// Connections on their way to a thread. One that is given none ends.
     pool: Lane<Option<(TcpStream, Door)>>,
-    /// All that this server has started and that have not ended.
-    threads: AtomicUsize,
+    /// Each thread that this server has started holds a clone until it ends, or panics.
+    threads: Arc<()>,
 }
 
 impl Server {
@@ -80,7 +79,7 @@ impl Server {
             hub: Hub::new(config, capacity),
             waiting: Waiting::default(),
             pool: Lane { sender, receiver },
-            threads: AtomicUsize::new(0),
+            threads: Arc::new(()),
         }))
     }
 
@@ -126,7 +125,17 @@ impl Server {
     /// # Errors
     /// Where the system has too few threads left. Then nothing is served.
     pub fn run(self: &Arc<Self>) -> io::Result<()> {
-        let started = self.start_threads();
+        let threads: [fn(&Arc<Self>); _] = [
+            // Two, as the smallest machines have cores. More gain little, since they meet at the
+            // hub's lock and in the kernel.
+            |server| writer::run(&server.hub),
+            |server| writer::run(&server.hub),
+            |server| writer::keep(&server.hub),
+            // The first of the pool, without which there is no service; more come as needed.
+            |server| server.work(),
+            |server| server.accept(server.metrics_listener.as_ref(), Door::Metrics),
+        ];
+        let started = threads.into_iter().try_for_each(|work| self.spawn(work));
         match &started {
             Ok(()) => self.accept(Some(&self.listener), Door::Public),
             Err(_) => self.shutdown(),
@@ -137,7 +146,7 @@ impl Server {
         }
         self.hub.end();
         // Whoever still waits for a client, or for a connection.
-        while self.threads.load(SeqCst) > 0 {
+        while Arc::strong_count(&self.threads) > 1 {
             for socket in self.waiting.lock().values() {
                 _ = socket.shutdown(Shutdown::Both);
             }
@@ -145,16 +154,6 @@ impl Server {
         }
         self.hub.end();
         started
-    }
-
-    fn start_threads(self: &Arc<Self>) -> io::Result<()> {
-        for _ in 0..WRITERS {
-            self.spawn(|server| writer::run(&server.hub))?;
-        }
-        self.spawn(|server| writer::keep(&server.hub))?;
-        // The first of the pool, without which there is no service; more are started as needed.
-        self.spawn(|server| server.work())?;
-        self.spawn(|server| server.accept(server.metrics_listener.as_ref(), Door::Metrics))
     }
 
     /// Ends [`Server::run`], which takes no more connections, drains and returns. Does not wait.
@@ -170,28 +169,23 @@ impl Server {
 
     /// Starts a thread. A panic ends it, and nothing else.
     fn spawn(self: &Arc<Self>, work: fn(&Arc<Self>)) -> io::Result<()> {
-        let (server, thread) = (self.clone(), thread::Builder::new().stack_size(STACK));
-        self.threads.fetch_add(1, SeqCst);
+        let (server, running) = (self.clone(), self.threads.clone());
+        let thread = thread::Builder::new().stack_size(STACK);
         let spawned = thread.spawn(move || {
-            _ = catch_unwind(AssertUnwindSafe(|| work(&server)));
-            server.threads.fetch_sub(1, SeqCst);
+            let _running = running;
+            work(&server);
         });
-        if spawned.is_err() {
-            self.threads.fetch_sub(1, SeqCst);
-        }
         spawned.map(drop)
     }
 
     /// Accepts until the server is closed.
     fn accept(self: &Arc<Self>, listener: Option<&TcpListener>, door: Door) {
-        while !self.hub.closed.load(SeqCst)
-            && let Some(listener) = listener
-        {
-            match listener.accept() {
-                Ok((socket, _)) => self.hand_over(socket, door),
-                // It left before it was accepted; or the server ends.
+        for accepted in listener.into_iter().flat_map(TcpListener::incoming) {
+            match accepted {
+                _ if self.hub.closed.load(SeqCst) => return,
+                Ok(socket) => self.hand_over(socket, door),
+                // It left before it was accepted.
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
-                Err(_) if self.hub.closed.load(SeqCst) => {}
                 // Out of descriptors, as a rule. Whoever connects waits in the kernel meanwhile.
                 Err(error) => {
                     let line = format_args!("cannot accept connections: {error}");
@@ -206,16 +200,14 @@ impl Server {
     /// Gives a connection to a thread that waits for one, or to a new one, or frees one.
     fn hand_over(self: &Arc<Self>, socket: TcpStream, door: Door) {
         let (mut arrival, mut patience) = (Some((socket, door)), MOMENT);
-        while !self.hub.closed.load(SeqCst) {
-            match self.pool.sender.send_timeout(arrival, patience) {
-                Ok(()) => return,
-                Err(nobody) => arrival = nobody.into_inner(),
-            }
-            let full = self.threads.load(SeqCst) >= MAX_THREADS;
+        while let Err(nobody) = self.pool.sender.send_timeout(arrival, patience)
+            && !self.hub.closed.load(SeqCst)
+        {
+            let full = Arc::strong_count(&self.threads) > MAX_THREADS;
             if full || self.spawn(|server| server.work()).is_err() {
                 self.make_room();
             }
-            patience = HAND_OVER.min(10 * patience);
+            (arrival, patience) = (nobody.into_inner(), HAND_OVER.min(10 * patience));
         }
     }
 
@@ -243,36 +235,21 @@ impl Server {
     }
 
     /// Answers the requests of a connection until it ends or becomes a stream.
-    fn serve(&self, mut connection: Connection, door: Door) {
+    fn serve(&self, mut connection: Connection, door: Door) -> Option<()> {
         loop {
-            let request = match connection.receive() {
-                Ok(request) => Ok(request),
-                Err(Some(refusal)) => Err(refusal),
-                Err(None) => return,
-            };
-            let Some(mut answer) = reply(&self.hub, door, &request) else {
-                return;
-            };
+            let request = connection.receive();
+            let mut answer = reply(&self.hub, door, &request)?;
             if let Some(subscription) = answer.stream.take() {
-                let chunked = request.is_ok_and(|request| request.modern);
-                let (head, config) = (answer.head(true), &self.hub.config);
-                if let Ok(socket) = connection.into_stream() {
-                    end_if_vanished(&socket, Duration::from_secs(config.write_timeout));
-                    let stream = Stream::new(Box::new(socket), head, chunked, config.retry);
-                    self.hub.subscribe(subscription.topics, stream);
-                }
-                return;
+                let (socket, config) = (connection.into_stream().ok()?, &self.hub.config);
+                end_if_vanished(&socket, Duration::from_secs(config.write_timeout));
+                let (head, chunked) = (answer.head(true), request.is_ok_and(|it| it.modern));
+                let stream = Stream::new(Box::new(socket), head, chunked, config.retry);
+                self.hub.subscribe(subscription.topics, stream);
+                return None;
             }
-            let method = request.as_ref().map(|request| &request.method);
-            // Nothing else is answered so than a submission that was opened.
-            if method == Ok(&Method::Post) && answer.status == 200 {
-                connection.is_authentic();
-            }
-            let (head_only, ending) = (method == Ok(&Method::Head), &self.hub.closed);
-            let last = ending.load(SeqCst) || request.map_or(true, |it| it.last);
-            if connection.answer(&answer, head_only, last).is_err() || last {
-                return connection.close();
-            }
+            let crowded = Arc::strong_count(&self.threads) > CROWD;
+            let ending = self.hub.closed.load(SeqCst);
+            connection = connection.answer(&answer, crowded, ending)?;
         }
     }
 }

@@ -124,7 +124,7 @@ impl House {
         let mut config = Config::new(SECRET).unwrap();
         config.listen = ([127, 0, 0, 1], 0).into();
         config.metrics_listen = Some(config.listen);
-        config.queue = queue as u32;
+        config.queue = queue as u64;
         config.write_timeout = 600;
         let server = Server::bind(config).unwrap();
         let addr = server.local_addr().unwrap();

@@ -1465,6 +1465,42 @@ fn strangers_who_keep_asking_win_no_place() {
     }
 }
 
+/// Whoever sends a thousand requests at once is not waited for: the next is there already. Hundreds
+/// of them wait for a core, and notice late that they are to make room: a new publisher was not
+/// answered within 30 s.
+#[test]
+fn strangers_who_pipeline_requests_keep_no_publisher_waiting() {
+    let _alone = alone();
+    need_descriptors(20_000);
+    let wrapper = ["prlimit", "--nofile=600:600"];
+    let server = TestServer::start_under(&wrapper, &FLOODED);
+    let pings = request("GET", "/ping", "", b"").repeat(1000);
+    flood("7 strangers: pipelined", &server, 1000, 2000, &pings);
+}
+
+/// A publisher that had to connect anew for each submission would stand in line with the strangers.
+#[test]
+fn in_a_crowd_only_publishers_keep_their_connections() {
+    let _alone = alone();
+    let server = TestServer::start(&FLOODED);
+    let silent: Vec<_> = (0..200).map(|_| connect(server.addr)).collect();
+    assert!(wait_until(DEADLINE, || server.status("Threads") > 200));
+    let mut publisher = server.connect();
+    for _ in 0..3 {
+        let body = server.submission(&[("a", "b", "c")]);
+        let length = format!("Content-Length: {}\r\n", body.len());
+        publisher.send(request("POST", "/submit", &length, body.as_bytes()));
+        let answer = publisher.answer();
+        assert_eq!(answer.header("Connection"), None, "it is kept");
+        assert_eq!(Submitted::from(answer).ok(), 0);
+    }
+    let mut stranger = server.connect();
+    stranger.send(request("GET", "/ping", "", b"").repeat(2));
+    assert_eq!(stranger.answer().header("Connection"), Some("close"));
+    stranger.expect_closed();
+    drop(silent);
+}
+
 /// Who is answered is not evicted, however long the answer takes: what takes longest is to open a
 /// long submission, and it is the oldest connection that never was authentic.
 #[test]

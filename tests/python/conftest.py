@@ -174,7 +174,7 @@ class SseServer(Process):
         super().__init__([BINARY], env)
         self.port = int(self.find(r"listening on 127\.0\.0\.1:(\d+)")[1])
         self.url = f"http://127.0.0.1:{self.port}"
-        self.branca = Branca(self.secret)
+        self.branca = Branca(self.secret.split(",")[0])
 
     def token(self, *topics, timestamp=None):
         return self.branca.encode(msgpack.packb({"topics": list(topics)}), timestamp)

@@ -2,14 +2,15 @@
 
 import os
 import re
-import runpy
+import secrets
 import subprocess
-import threading
+import sys
 
 import pytest
 import requests
 from conftest import DEADLINE, ROOT, TESTS, Process, free_port, subscribe, until
-from werkzeug.serving import make_server
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 README = (ROOT / "README.md").read_text()
 
@@ -58,57 +59,79 @@ def test_a_port_that_is_taken_is_said_and_nothing_is_printed_that_is_not_true(st
 
 
 @pytest.fixture
-def application(serve, monkeypatch, tmp_path):
-    """The README's Python, with a page that holds the README's JavaScript."""
-    server = serve(retry=300)
-    monkeypatch.setenv("SSE_SECRET", server.secret)
+def application(serve, start, tmp_path):
+    """The README's application, in a file and a process of its own, under a key being replaced."""
+    secret, port = f"{secrets.token_hex(32)}, {'01' * 32}", free_port()
+    server = serve(retry=300, secret=secret)
     (python,) = snippets("python")
-    (script,) = snippets("js")
-    assert "http://127.0.0.1:8000" in python
-    (tmp_path / "backend.py").write_text(python.replace("http://127.0.0.1:8000", server.url))
-    names = runpy.run_path(tmp_path / "backend.py", run_name="backend")
-    app, state = names["app"], ["nothing"]
-    page = f"""<!doctype html><p id=shown></p><script>
-        const shown = document.getElementById("shown");
-        const refetchEverything = async () =>
-          (shown.textContent = await (await fetch("/state")).text());
-        const show = (data) => (shown.textContent = data);
-        {script}</script>"""
-    app.add_url_rule("/", "page", lambda: page)
-    app.add_url_rule("/state", "state", lambda: state[0])
-    backend = make_server("127.0.0.1", 0, app, threaded=True)
-    threading.Thread(target=backend.serve_forever, daemon=True).start()
-    names |= {"server": server, "state": state, "url": f"http://127.0.0.1:{backend.port}"}
-    yield names
-    backend.shutdown()
+    assert "port=5000" in python
+    (tmp_path / "app.py").write_text(python.replace("port=5000", f"port={port}"))
+    env = os.environ | {"SSE_SECRET": secret, "PUSH_URL": server.url}
+    app = start(Process, [sys.executable, "app.py"], env, tmp_path)
+    app.url, app.server = f"http://127.0.0.1:{port}", server
+    until(lambda: reachable(app.url), "the application answers")
+    return app
 
 
-def test_the_python_lines_redirect_a_subscriber_and_publish(application):
-    answer = requests.get(f"{application['url']}/events", allow_redirects=False, timeout=DEADLINE)
+def reachable(url):
+    try:
+        return requests.get(url, timeout=DEADLINE).ok
+    except requests.ConnectionError:
+        return False
+
+
+def write(app, text):
+    assert requests.post(f"{app.url}/messages", data=text, timeout=DEADLINE).ok
+
+
+def test_the_application_redirects_a_subscriber_and_publishes(application):
+    answer = requests.get(f"{application.url}/events", allow_redirects=False, timeout=DEADLINE)
     assert answer.status_code == 307
     stream = subscribe(answer.headers["Location"])
-    application["publish"]("news", "update", "from Python")
-    assert stream.event() == ("update", "from Python")
+    write(application, "from Python")
+    assert stream.event() == ("changed", "")
+    # What a user changed is not undone by a push server that is away.
+    application.server.kill()
+    write(application, "all the same")
+    messages = requests.get(f"{application.url}/messages", timeout=DEADLINE).json()
+    assert messages == ["from Python", "all the same"]
+    application.find("not published: ")
 
 
-def test_the_javascript_lines_show_events_and_recover(application, browser):
-    server, publish, state = (application[name] for name in ("server", "publish", "state"))
-    browser.get(application["url"])
+def test_the_page_of_the_application_shows_events_and_recovers(application, browser):
+    browser.get(application.url)
 
     def shows(text):
         script = "return document.getElementById('shown').textContent"
-        until(lambda: browser.execute_script(script) == text, f"the page shows {text}", within=60)
+        until(lambda: browser.execute_script(script) == text, f"the page shows {text!r}", within=60)
 
-    shows("nothing")  # fetched when the stream opened
-    publish("news", "update", "first")
+    write(application, "first")
     shows("first")
-    server.kill()
-    state[0] = "changed meanwhile"
-    again = server.again()
-    shows("changed meanwhile")  # by itself, through the redirect
-    until(lambda: publish("news", "update", "second") or True, "published")
-    shows("second")
+    box = browser.find_element(By.ID, "text")
+    box.send_keys("second", Keys.ENTER)
+    shows("first\nsecond")
+    application.server.kill()
+    write(application, "third")
+    again = application.server.again()
+    shows("first\nsecond\nthird")  # by itself, through the redirect
+    write(application, "fourth")
+    shows("first\nsecond\nthird\nfourth")
     again.stop()
+
+
+def test_the_nginx_lines_mount_it_under_a_path(nginx, serve):
+    server, port = serve(), free_port()
+    (lines,) = snippets("nginx")
+    lines = lines.replace("http://127.0.0.1:8000", server.url)
+    nginx(f"server {{ listen 127.0.0.1:{port};\n{lines} }}")
+    stream = subscribe(f"http://127.0.0.1:{port}/push/events?token={server.token('news')}")
+    server.publish("news", "update", "through the path")
+    assert stream.event() == ("update", "through the path")
+
+
+def test_it_is_short_enough_to_be_read():
+    before_the_reference = README[: README.index("\n## HTTP\n")]
+    assert len(before_the_reference.split()) <= 1800
 
 
 def test_the_configurations_it_links_to_exist():
