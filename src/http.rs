@@ -137,7 +137,7 @@ impl<'a> Connection<'a> {
         let mut request = self.wait(patience, |it| read_head(&mut it.reader, first))?;
         self.head_only = request.method == Method::Head;
         let length = content_length(&request)?;
-        if length > self.config.max_body.into() {
+        if length > self.config.max_body {
             return Ok(request);
         }
         let expects = request.values("Expect").next().is_some();

@@ -1,15 +1,14 @@
 //! The topic map and its one lock; membership; publish. Knows neither HTTP nor tokens: whoever
 //! holds a [`Hub`] may send to every topic; over HTTP only an opened token leads here.
 
-use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::{sync::Arc, sync::Weak};
+use std::{mem, sync::Arc, sync::Weak};
 
 use crossbeam_channel::{bounded, unbounded};
 use parking_lot::Mutex;
 
-use crate::event::{Event, Frame, Topic, Topics};
+use crate::event::{Event, Topic, Topics};
 use crate::metrics::{Metrics, Reason};
 use crate::subscriber::{Lane, Stream, Subscriber, Turn};
 use crate::{config::Config, error::Refusal, error::ensure};
@@ -36,10 +35,11 @@ pub struct Hub {
     map: Mutex<Map>,
     /// Those that have something to be sent. Not bounded itself: each stands in it at most once.
     pub due: Lane<Arc<Subscriber>>,
-    /// Those to be tried again: they are due in a moment.
-    pub stalled: Lane<Arc<Subscriber>>,
+    /// Those to be tried again, all `scheduled` still. Locked for a step.
+    pub stalled: Mutex<Vec<Arc<Subscriber>>>,
     /// All of them, to be looked at one after the other. Weak: whoever has left drops out of it.
-    pub circle: Lane<Weak<Subscriber>>,
+    /// Locked for looks at a few of them, which wait for nobody.
+    pub circle: Mutex<VecDeque<Weak<Subscriber>>>,
     /// No more events are taken. Set under the map's lock, as events are queued.
     pub closed: AtomicBool,
     /// The server has waited long enough: the writers end.
@@ -53,28 +53,17 @@ struct Map {
     topics: HashMap<Topic, Members>,
 }
 
-impl<T> Lane<T> {
-    fn new() -> Self {
-        let (sender, receiver) = unbounded();
-        Self { sender, receiver }
-    }
-
-    pub fn push(&self, one: T) {
-        let pushed = self.sender.send(one);
-        pushed.expect("both ends of a lane live as long as the hub");
-    }
-}
-
 impl Hub {
     pub fn new(config: Config, capacity: usize) -> Self {
+        let (sender, receiver) = unbounded();
         Self {
             metrics: Metrics::default(),
             config,
             capacity,
             map: Mutex::default(),
-            due: Lane::new(),
-            stalled: Lane::new(),
-            circle: Lane::new(),
+            due: Lane { sender, receiver },
+            stalled: Mutex::default(),
+            circle: Mutex::default(),
             closed: AtomicBool::new(false),
             over: AtomicBool::new(false),
         }
@@ -112,8 +101,8 @@ impl Hub {
         }
         map.all.insert(new.id, new.clone());
         drop(map);
-        self.metrics.opened.add(1);
-        self.circle.push(Arc::downgrade(&new));
+        self.metrics.opened(new.id, new.topics.len());
+        self.circle.lock().push_back(Arc::downgrade(&new));
         self.schedule(&new);
     }
 
@@ -130,81 +119,67 @@ impl Hub {
         let queue = self.config.queue as usize;
         let fits = events.len() <= queue;
         ensure(fits, 413, "these are more than SSE_QUEUE events")?;
-        loop {
+        let map = loop {
             let map = self.map.lock();
             ensure(!self.closed.load(SeqCst), 503, ENDING)?;
             // Reads, as far as is known, and may lack room.
             let is_crowded = |it: &&Arc<Subscriber>| {
-                it.queue.receiver.len() + events.len() > queue && !it.behind.load(SeqCst)
+                it.queue.sender.len() + events.len() > queue && !it.behind.load(SeqCst)
             };
             let members = events.iter().filter_map(|it| map.topics.get(&it.topic));
             let crowded = members.flat_map(HashMap::values).filter(is_crowded);
-            let crowded: Vec<_> = crowded.cloned().collect();
+            let crowded: Members = crowded.map(|it| (it.id, it.clone())).collect();
             if crowded.is_empty() {
-                return Ok(self.fill_queues(&map, events));
+                break map;
             }
             drop(map);
-            for subscriber in &crowded {
+            for subscriber in crowded.values() {
                 // Besides the turn it has, which may be with a writer that the kernel put aside.
-                if self.turn(subscriber) != Turn::Written {
+                if self.turn(subscriber, false) != Turn::Written {
                     self.schedule(subscriber);
                 }
             }
-        }
-    }
-
-    fn fill_queues(&self, map: &Map, events: &[Event]) -> Receipt {
+        };
         let (mut deliveries, mut bytes) = (0, 0);
         for Event { topic, frame } in events {
-            let members = map.topics.get(topic).into_iter();
-            for subscriber in members.flat_map(HashMap::values) {
-                if self.enqueue(subscriber, frame) {
+            for subscriber in map.topics.get(topic).into_iter().flat_map(HashMap::values) {
+                let queue = &subscriber.queue.sender;
+                // Behind a full socket only, which may have been drained a moment ago.
+                if queue.is_full() {
+                    self.turn(subscriber, false);
+                }
+                // try_send, not send: under the map's lock one full queue would stall every
+                // publisher. Whoever has no room misses an event, and is cut.
+                if queue.try_send(frame.clone()).is_ok() {
                     deliveries += 1;
                     bytes += frame.bytes(false).len();
+                } else {
+                    subscriber.give_up();
                 }
                 self.schedule(subscriber);
             }
         }
+        drop(map);
         self.metrics.events.add(events.len());
         self.metrics.deliveries.add(deliveries);
         self.metrics.delivered_bytes.add(bytes);
         let events = events.len();
-        Receipt { events, deliveries }
-    }
-
-    /// Whether the frame stands in the queue. A queue can be full here behind a full socket only.
-    /// That is asked once more, since it may have been drained a moment ago; where it refuses, the
-    /// subscriber has missed an event, and is cut.
-    fn enqueue(&self, subscriber: &Subscriber, frame: &Frame) -> bool {
-        // try_send, not send: under the map's lock one full queue would stall every publisher.
-        let queue = || subscriber.queue.sender.try_send(frame.clone()).is_ok();
-        let mut turn = Turn::Written;
-        while !queue() {
-            if turn == Turn::Full {
-                subscriber.give_up();
-                return false;
-            }
-            // One that is written may have been of what was taken from the queue before: once more.
-            turn = self.turn(subscriber);
-            if let Turn::Ended(_) = turn {
-                return false;
-            }
-        }
-        true
+        Ok(Receipt { events, deliveries })
     }
 
     /// Makes a subscriber due, unless it is.
-    fn schedule(&self, subscriber: &Arc<Subscriber>) {
+    pub fn schedule(&self, subscriber: &Arc<Subscriber>) {
         if !subscriber.scheduled.swap(true, SeqCst) {
-            self.due.push(subscriber.clone());
+            let pushed = self.due.sender.send(subscriber.clone());
+            pushed.expect("both ends of the lane live as long as the hub");
         }
     }
 
-    /// The turn of a subscriber that was taken from a lane.
+    /// The turn of a subscriber that was due.
     pub fn take_turn(&self, subscriber: &Arc<Subscriber>) {
-        match self.turn(subscriber) {
+        match self.turn(subscriber, false) {
             Turn::Ended(reason) => self.remove(subscriber, reason),
-            Turn::Full | Turn::Probed => self.stalled.push(subscriber.clone()),
+            Turn::Stalled => self.stalled.lock().push(subscriber.clone()),
             Turn::Written => {
                 // In this order: see `Subscriber::scheduled`.
                 subscriber.scheduled.store(false, SeqCst);
@@ -216,22 +191,16 @@ impl Hub {
         }
     }
 
-    fn turn(&self, subscriber: &Subscriber) -> Turn {
-        let closing = self.closed.load(SeqCst);
-        let turn = AssertUnwindSafe(|| subscriber.turn(closing, &self.config));
-        catch_unwind(turn).unwrap_or_else(|_panic| {
-            subscriber.behind.store(true, SeqCst);
-            Turn::Ended(Reason::Fault)
-        })
-    }
-
-    /// Looks after a subscriber: see [`Subscriber::look`].
+    /// Looks after a subscriber, unless another thread has its turn just now.
     pub fn look(&self, subscriber: &Arc<Subscriber>) {
-        let look = AssertUnwindSafe(|| subscriber.look(&self.config));
-        if catch_unwind(look).unwrap_or(true) {
-            subscriber.behind.store(true, SeqCst);
+        if !subscriber.stream.is_locked() && self.turn(subscriber, true) != Turn::Written {
             self.schedule(subscriber);
         }
+    }
+
+    fn turn(&self, subscriber: &Subscriber, looking: bool) -> Turn {
+        let closing = self.closed.load(SeqCst);
+        subscriber.turn(looking, closing, &self.config)
     }
 
     /// Drops a subscriber, and with it its connection as soon as the last thread lets go of it. It
@@ -249,7 +218,7 @@ impl Hub {
             }
         }
         drop(map);
-        self.metrics.ended(reason);
+        self.metrics.ended(subscriber.id, reason);
     }
 
     /// Takes no more events. Every stream writes what is queued for it and a farewell, and ends.
@@ -263,21 +232,30 @@ impl Hub {
     /// Ends the writers, and cuts whoever has not taken its events by now.
     pub fn end(&self) {
         self.over.store(true, SeqCst);
-        let all: Vec<_> = self.map.lock().all.values().cloned().collect();
-        for subscriber in all {
-            self.remove(&subscriber, Reason::WriteTimeout);
+        let left = mem::take(&mut *self.map.lock());
+        for id in left.all.into_keys() {
+            self.metrics.ended(id, Reason::WriteTimeout);
         }
-        for lane in [&self.due, &self.stalled] {
-            lane.receiver.try_iter().for_each(drop);
-        }
+        self.due.receiver.try_iter().for_each(drop);
+        self.stalled.lock().clear();
     }
 
     pub fn subscribers(&self) -> usize {
         self.map.lock().all.len()
     }
 
-    pub fn topics(&self) -> usize {
-        self.map.lock().topics.len()
+    pub fn subscribers_of(&self, topic: &str) -> usize {
+        let count = |topic| self.map.lock().topics.get(&topic).map_or(0, HashMap::len);
+        // What cannot be a topic has no subscriber.
+        Topic::new(topic).map_or(0, count)
+    }
+
+    /// The metrics as Prometheus reads them.
+    pub fn print_metrics(&self) -> String {
+        let map = self.map.lock();
+        let (subscribers, topics) = (map.all.len(), map.topics.len());
+        drop(map);
+        self.metrics.print(subscribers, self.capacity, topics)
     }
 }
 

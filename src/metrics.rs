@@ -2,13 +2,7 @@
 //! Never a token, a payload or a query.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::{fmt::Display, time::Duration, time::Instant};
-
-use parking_lot::Mutex;
-
-/// At most one line about a counter in this time: strangers can cause lines, and must not fill a
-/// disk.
-const INTERVAL: Duration = Duration::from_secs(1);
+use std::{fmt::Display, time::UNIX_EPOCH};
 
 /// The statuses of all answers there are.
 const STATUSES: [u16; 14] = [
@@ -24,6 +18,8 @@ pub enum Reason {
     QueueFull,
     /// Its socket took nothing for `SSE_WRITE_TIMEOUT`.
     WriteTimeout,
+    /// Its token did, and it was told so.
+    Expired,
     /// The server ended, and told it so.
     Shutdown,
     /// A fault of the server.
@@ -31,7 +27,14 @@ pub enum Reason {
 }
 
 /// In the order of [`Reason`].
-const REASONS: [&str; 5] = ["left", "queue_full", "write_timeout", "shutdown", "fault"];
+const REASONS: [&str; 6] = [
+    "left",
+    "queue_full",
+    "write_timeout",
+    "expired",
+    "shutdown",
+    "fault",
+];
 
 /// What is counted. Counting takes no lock.
 #[derive(Default)]
@@ -39,7 +42,7 @@ pub struct Metrics {
     pub events: Counter,
     pub deliveries: Counter,
     pub delivered_bytes: Counter,
-    pub opened: Counter,
+    opened: Counter,
     ended: [Counter; REASONS.len()],
     answered: [Counter; STATUSES.len()],
     /// Streams closed unanswered, since an answer would end a browser's stream for good.
@@ -49,13 +52,15 @@ pub struct Metrics {
     pub accept_failures: Counter,
 }
 
-/// A number that grows.
+/// A number that grows. Its atomics are relaxed: nothing else is read in the belief that this was
+/// counted.
 #[derive(Default)]
 pub struct Counter {
-    /// Relaxed: nothing else is read in the belief that this was counted.
     count: AtomicU64,
-    /// When a line about it was last logged.
-    logged: Mutex<Option<Instant>>,
+    /// The second in which a line about it was last logged.
+    logged: AtomicU64,
+    /// Lines that were not logged since.
+    suppressed: AtomicU64,
 }
 
 impl Counter {
@@ -67,25 +72,33 @@ impl Counter {
         self.count.load(Relaxed)
     }
 
-    /// Counts one, and logs a line unless there was one a moment ago. Does not lock while it logs.
+    /// Counts one, and logs a line unless there was one in this second: strangers can cause lines,
+    /// and must not fill a disk.
     pub fn warn(&self, line: impl Display) {
         self.add(1);
-        let mut logged = self.logged.lock();
-        if logged.is_some_and(|time| time.elapsed() < INTERVAL) {
-            return;
+        let second = UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
+        if self.logged.swap(second, Relaxed) == second {
+            self.suppressed.fetch_add(1, Relaxed);
+        } else {
+            let suppressed = self.suppressed.swap(0, Relaxed);
+            log::warn!("{line} suppressed={suppressed}");
         }
-        *logged = Some(Instant::now());
-        drop(logged);
-        log::warn!("{line} count={}", self.count());
     }
 }
 
 impl Metrics {
-    /// Counts the end of a stream; one that the client did not see coming is worth a line.
-    pub fn ended(&self, reason: Reason) {
+    /// Counts a stream that begins.
+    pub fn opened(&self, id: u64, topics: usize) {
+        self.opened.add(1);
+        log::debug!("stream opened: id={id} topics={topics}");
+    }
+
+    /// Counts the end of a stream; one that the client did not see coming is worth a warning.
+    pub fn ended(&self, id: u64, reason: Reason) {
         let (counter, name) = (&self.ended[reason as usize], REASONS[reason as usize]);
+        log::debug!("stream ended: id={id} reason={name}");
         match reason {
-            Reason::Left | Reason::Shutdown => counter.add(1),
+            Reason::Left | Reason::Expired | Reason::Shutdown => counter.add(1),
             _ => counter.warn(format_args!("stream cut: reason={name}")),
         }
     }

@@ -116,9 +116,7 @@ fn decide(hub: &Hub, door: Door, request: &Request) -> Result<Answer, Refusal> {
         (Door::Public, "/submit", _) => (405, "POST, OPTIONS"),
         (Door::Public, ..) => (404, "no such path: try /events, /submit or /ping"),
         (Door::Metrics, "/metrics", Get | Head) => {
-            let (subscribers, topics) = (hub.subscribers(), hub.topics());
-            let page = hub.metrics.print(subscribers, hub.capacity, topics);
-            return Ok(answer(200, PROMETHEUS, page));
+            return Ok(answer(200, PROMETHEUS, hub.print_metrics()));
         }
         (Door::Metrics, "/metrics", _) => (405, "GET, HEAD"),
         (Door::Metrics, ..) => (404, "no such path: try /metrics"),
@@ -138,7 +136,11 @@ fn open_stream(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
         // Followed by the browser itself, without which a plain EventSource ends for good.
         (Err(refusal), Some(url)) if refusal.expired => {
             let fields = format!("Location: {url}\r\nCache-Control: no-store\r\n");
-            return Ok(answer(307, fields, format!("{}: see Location\n", refusal.text)));
+            return Ok(answer(
+                307,
+                fields,
+                format!("{}: see Location\n", refusal.text),
+            ));
         }
         (opened, _) => opened?,
     };

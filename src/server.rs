@@ -12,7 +12,7 @@ use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use crate::http::{Connection, Waiting};
 use crate::routes::{Door, reply};
 use crate::{config::Config, error::Refusal, event::Event, hub::Hub, hub::Receipt};
-use crate::{subscriber::Lane, subscriber::Stream, writer};
+use crate::{subscriber::Lane, subscriber::Stream, token::Subscription, writer};
 
 /// Connections the kernel completes before we accept them. With std's 128, 5,000 clients that
 /// reconnected at once took 20 s and more; with this, 0.2 s.
@@ -62,8 +62,10 @@ impl Server {
     /// Binds the addresses. Connections wait in the kernel until [`Server::run`].
     ///
     /// # Errors
-    /// Where an address cannot be listened on, or the system allows too few descriptors.
-    pub fn bind(config: Config) -> io::Result<Arc<Self>> {
+    /// Where a setting is none that can be used ([`io::ErrorKind::InvalidInput`]), an address cannot
+    /// be listened on, or the system allows too few descriptors.
+    pub fn bind(mut config: Config) -> io::Result<Arc<Self>> {
+        config.check()?;
         let (descriptors, _) = Resource::NOFILE.get()?;
         if descriptors < MIN_DESCRIPTORS {
             let problem = format!("{descriptors} descriptors are too few: raise ulimit -n");
@@ -71,11 +73,13 @@ impl Server {
         }
         // A part is left for requests, above all for those of publishers.
         let streams = descriptors - (descriptors / 4).min(MAX_THREADS as u64 + 64);
-        let capacity = streams.min(config.max_subscribers.into()) as usize;
-        let (sender, receiver) = bounded(0);
+        let capacity = streams.min(config.max_subscribers) as usize;
+        let ((sender, receiver), metrics) = (bounded(0), config.metrics_listen);
         Ok(Arc::new(Self {
-            listener: listen(config.listen)?,
-            metrics_listener: config.metrics_listen.map(listen).transpose()?,
+            listener: listen(config.listen, "SSE_LISTEN")?,
+            metrics_listener: metrics
+                .map(|at| listen(at, "SSE_METRICS_LISTEN"))
+                .transpose()?,
             hub: Hub::new(config, capacity),
             waiting: Waiting::default(),
             pool: Lane { sender, receiver },
@@ -103,6 +107,16 @@ impl Server {
             line += &format!(", metrics on {}", listener.local_addr()?);
         }
         Ok(line)
+    }
+
+    /// Streams that are open now. Takes the hub's lock for a moment.
+    pub fn subscribers(&self) -> usize {
+        self.hub.subscribers()
+    }
+
+    /// Those that hear this topic. Takes the hub's lock for a moment.
+    pub fn subscribers_of(&self, topic: &str) -> usize {
+        self.hub.subscribers_of(topic)
     }
 
     /// Queues the events to every subscriber of their topics, in order and with no other
@@ -239,12 +253,12 @@ impl Server {
         loop {
             let request = connection.receive();
             let mut answer = reply(&self.hub, door, &request)?;
-            if let Some(subscription) = answer.stream.take() {
+            if let Some(Subscription { topics, ends }) = answer.stream.take() {
                 let (socket, config) = (connection.into_stream().ok()?, &self.hub.config);
                 end_if_vanished(&socket, Duration::from_secs(config.write_timeout));
                 let (head, chunked) = (answer.head(true), request.is_ok_and(|it| it.modern));
-                let stream = Stream::new(Box::new(socket), head, chunked, config.retry);
-                self.hub.subscribe(subscription.topics, stream);
+                let stream = Stream::new(Box::new(socket), head, chunked, config.retry, ends);
+                self.hub.subscribe(topics, stream);
                 return None;
             }
             let crowded = Arc::strong_count(&self.threads) > CROWD;
@@ -263,8 +277,12 @@ fn end_if_vanished(socket: &TcpStream, patience: Duration) {
     let _ = socket.set_tcp_user_timeout(Some(patience));
 }
 
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let refused = |error| io::Error::other(format!("cannot listen on {address}: {error}"));
+fn listen(address: SocketAddr, setting: &str) -> io::Result<TcpListener> {
+    let refused = |error| {
+        let problem =
+            format!("cannot listen on {address}: {error}: change {setting} or what has it");
+        io::Error::other(problem)
+    };
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&address.into()).map_err(refused)?;

@@ -1,6 +1,7 @@
 //! One stream: its queue, its socket, what is unsent, and one turn of writing. Knows frames and
 //! something that makes nobody wait, neither to be read nor to be written; no other stream.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::{io, io::ErrorKind, io::Read, io::Write, time::Duration, time::Instant};
 
@@ -10,7 +11,7 @@ use parking_lot::Mutex;
 use crate::event::{COMMENT, Frame, Topics, retry};
 use crate::{config::Config, metrics::Reason};
 
-/// Bytes after which what waits is written before more is added to the same write.
+/// Bytes after which no more events are added to the same write.
 const MAX_BATCH: usize = 16 * 1024;
 
 /// Comments sent to a client that says it will send nothing more, one at each retry: half a second.
@@ -18,8 +19,8 @@ const MAX_BATCH: usize = 16 * 1024;
 /// closed its sending side, as some do, lives on.
 const PROBES: u8 = 25;
 
-/// KiB that are read at a look of what a client sends on its stream. Behind them stands its end.
-const MAX_DROPPED: usize = 64;
+/// Bytes that are read at a look of what a client sends on its stream. Behind them stands its end.
+const MAX_DROPPED: u64 = 64 * 1024;
 
 /// What a stream is written to: a `TcpStream` that is set never to wait, or in tests a mock.
 pub trait Socket: Read + Write + Send {}
@@ -42,8 +43,9 @@ pub struct Subscriber {
     /// *before* looking here; whoever ends a turn clears this *before* looking for work. One of the
     /// two sees the other: that takes one order of all four steps, hence `SeqCst`.
     pub scheduled: AtomicBool,
-    /// Needs a turn, whatever the queue holds: the socket did not take all when it was last asked
-    /// to, or there is a comment or an end. Set under the stream's lock.
+    /// Needs a turn, whatever the queue holds: the last one did not come to [`Turn::Written`]. Set
+    /// under the stream's lock. A publisher reads it without: it may come too late, but then finds
+    /// the queue full, and asks the socket. `SeqCst`, since it is work that `scheduled` is about.
     pub behind: AtomicBool,
     /// Locked for a turn. Whoever has it waits for nobody.
     pub stream: Mutex<Stream>,
@@ -54,16 +56,17 @@ pub struct Stream {
     socket: Box<dyn Socket>,
     /// Each frame goes in a chunk of its own.
     chunked: bool,
+    /// When its token does.
+    ends: Instant,
     /// Whole frames, of the first of which a part may have been sent.
     unsent: Vec<u8>,
     /// When the socket last took something, or was first asked to.
     progress: Instant,
     /// Comments sent since the client closed its sending side.
     probes: u8,
-    /// The farewell is in `unsent`, or sent: nothing may follow it.
-    told: bool,
-    /// Nothing more is read or written, for this reason, whoever asks. While the socket is used it
-    /// stands at a fault, and stays there if that panics: which ends this stream, and nothing else.
+    /// The last thing in `unsent` is the farewell. With it gone, the stream ends for this reason.
+    farewell: Option<Reason>,
+    /// Nothing more is read or written, for this reason, whoever asks.
     over: Option<Reason>,
 }
 
@@ -72,53 +75,42 @@ pub struct Stream {
 pub enum Turn {
     /// What was taken from the queue was written.
     Written,
-    /// The same, but the client may have left: to be looked at again in a moment.
-    Probed,
-    /// The socket is full: to be tried again in a moment.
-    Full,
+    /// The socket is full, or the client may have left: to be tried again in a moment.
+    Stalled,
     /// The stream is over.
     Ended(Reason),
 }
 
 impl Subscriber {
-    /// Writes what waits, in as few writes as can be. Waits for nobody but another turn of this
-    /// stream. `closing`: whether the hub takes no more events, as read before this is called.
-    pub fn turn(&self, closing: bool, config: &Config) -> Turn {
-        let (queue, mut stream) = (&self.queue.receiver, self.stream.lock());
-        if stream.is_probed() {
-            stream.look(config);
-        }
+    /// Writes what waits, in as few writes as can be; before that, where it is `looking`, sees
+    /// whether the client is still there. Waits for nobody but another turn of this stream. Unless
+    /// the socket is full, there is room in the queue afterwards. `closing`: whether the hub takes
+    /// no more events, as read before this is called.
+    pub fn turn(&self, looking: bool, closing: bool, config: &Config) -> Turn {
+        let mut stream = self.stream.lock();
         if stream.over.is_none() {
-            while stream.unsent.len() < MAX_BATCH
-                && let Ok(frame) = queue.try_recv()
-            {
-                stream.push(&frame);
-            }
-            // Closing was true before the queue was found empty: nothing can follow.
-            if closing && queue.is_empty() {
-                stream.tell_farewell(config);
-            }
-            if !self.behind.load(SeqCst) && !stream.unsent.is_empty() {
-                stream.progress = Instant::now();
-            }
-            stream.over = Some(Reason::Fault);
-            stream.over = stream.flush(config).err();
-            self.behind.store(!stream.unsent.is_empty(), SeqCst);
+            // The only use of the socket. A panic there ends this stream, and nothing else: what
+            // it leaves half done is not looked at again.
+            let act = AssertUnwindSafe(|| {
+                if looking || stream.is_probed() {
+                    stream.look(config)?;
+                }
+                stream.flush(config)?;
+                if stream.unsent.is_empty() {
+                    stream.fill(&self.queue.receiver, closing, config);
+                    stream.flush(config)?;
+                }
+                Ok(())
+            });
+            stream.over = catch_unwind(act).unwrap_or(Err(Reason::Fault)).err();
         }
-        match stream.over {
+        let turn = match stream.over {
             Some(reason) => Turn::Ended(reason),
-            None if !stream.unsent.is_empty() => Turn::Full,
-            None if stream.is_probed() => Turn::Probed,
+            None if !stream.unsent.is_empty() || stream.is_probed() => Turn::Stalled,
             None => Turn::Written,
-        }
-    }
-
-    /// Sees whether the client is still there, and whether it is time for a comment; whether a turn
-    /// is needed. Leaves alone whoever has a turn just now. Reading takes the pending error of the
-    /// socket with it: what it was is kept for that turn.
-    pub fn look(&self, config: &Config) -> bool {
-        let stream = self.stream.try_lock();
-        stream.is_some_and(|mut stream| stream.look(config))
+        };
+        self.behind.store(turn != Turn::Written, SeqCst);
+        turn
     }
 
     /// Has missed an event: ends, where it has not ended for another reason.
@@ -129,64 +121,75 @@ impl Subscriber {
 }
 
 impl Stream {
-    /// Begins with the head of an answer; to an HTTP/1.1 client each frame is sent as a chunk.
-    pub fn new(socket: Box<dyn Socket>, head: String, chunked: bool, delay: u64) -> Self {
-        let mut stream = Self {
+    /// Begins with the head of an answer; to an HTTP/1.1 client each frame is sent as a chunk. Is
+    /// looked at every two seconds: ends so much later than `ends` at most, or stalls.
+    pub fn new(
+        socket: Box<dyn Socket>,
+        head: String,
+        chunked: bool,
+        delay: u64,
+        ends: Instant,
+    ) -> Self {
+        let first = Frame::new(&(retry(delay) + COMMENT));
+        Self {
             socket,
             chunked,
-            unsent: head.into(),
+            ends,
+            unsent: [head.as_bytes(), first.bytes(chunked)].concat(),
             progress: Instant::now(),
             probes: 0,
-            told: false,
+            farewell: None,
             over: None,
-        };
-        stream.push(&Frame::new(&(retry(delay) + COMMENT)));
-        stream
-    }
-
-    fn push(&mut self, frame: &Frame) {
-        if !self.told {
-            self.unsent.extend_from_slice(frame.bytes(self.chunked));
         }
-    }
-
-    fn tell_farewell(&mut self, config: &Config) {
-        self.push(&Frame::new(&retry(config.retry)));
-        if self.chunked && !self.told {
-            // The last chunk tells an end from a break.
-            self.unsent.extend_from_slice(b"0\r\n\r\n");
-        }
-        self.told = true;
     }
 
     fn is_probed(&self) -> bool {
         (1..PROBES).contains(&self.probes)
     }
 
-    /// Whether there is an end, or a comment to be sent. What a client sends on its stream is
-    /// dropped.
-    fn look(&mut self, config: &Config) -> bool {
-        if self.over.is_some() {
-            return true;
-        }
-        self.over = Some(Reason::Fault);
-        let mut read = self.socket.read(&mut [0; 1024]);
-        for _ in 1..MAX_DROPPED {
-            if let Ok(1..) = read {
-                read = self.socket.read(&mut [0; 1024]);
-            }
-        }
-        let probe = matches!(read, Ok(0)) && self.probes < PROBES;
-        self.over = read.or_else(bear).err();
+    /// Sees whether the client is still there, and whether it is time for a comment. What a client
+    /// sends on its stream is dropped.
+    fn look(&mut self, config: &Config) -> Result<(), Reason> {
+        let dropped = io::copy(&mut (&mut self.socket).take(MAX_DROPPED), &mut io::sink());
+        let half_closed = matches!(dropped, Ok(..MAX_DROPPED));
+        dropped.or_else(bear)?;
+        let probe = half_closed && self.probes < PROBES;
         let silent = self.progress.elapsed() >= Duration::from_secs(config.heartbeat);
         // Not through the queue, where it would take an event's place; and behind whole frames.
-        let comment = self.unsent.is_empty() && (probe || silent);
-        if comment {
+        if self.unsent.is_empty() && (probe || silent) {
             self.push(&Frame::new(COMMENT));
             self.probes += u8::from(probe);
+        }
+        Ok(())
+    }
+
+    /// Takes events from the queue, and adds the farewell where it is time for it.
+    fn fill(&mut self, queue: &Receiver<Frame>, closing: bool, config: &Config) {
+        let expired = Instant::now() >= self.ends;
+        for frame in queue.try_iter().take(queue.len()) {
+            self.push(&frame);
+            // One that has expired gets all that was queued by now, and nothing else.
+            if self.unsent.len() >= MAX_BATCH && !expired {
+                break;
+            }
+        }
+        self.farewell = expired.then_some(Reason::Expired);
+        // Closing was true before the queue was found empty: nothing can follow.
+        if closing && queue.is_empty() {
+            self.farewell = Some(Reason::Shutdown);
+        }
+        if self.farewell.is_some() {
+            self.push(&Frame::new(&retry(config.retry)));
+            // An empty one is the last chunk, which tells an end from a break.
+            self.push(&Frame::new(""));
+        }
+    }
+
+    fn push(&mut self, frame: &Frame) {
+        if self.unsent.is_empty() {
             self.progress = Instant::now();
         }
-        comment || self.over.is_some()
+        self.unsent.extend_from_slice(frame.bytes(self.chunked));
     }
 
     fn flush(&mut self, config: &Config) -> Result<(), Reason> {
@@ -202,18 +205,14 @@ impl Stream {
         }
         // An idle stream keeps no buffer.
         self.unsent = Vec::new();
-        if self.told {
-            Err(Reason::Shutdown)
-        } else {
-            Ok(())
-        }
+        self.farewell.map_or(Ok(()), Err)
     }
 }
 
 /// Takes for nothing what only says that there is no room, or nothing to read.
-fn bear(error: io::Error) -> Result<usize, Reason> {
+fn bear<T: Default>(error: io::Error) -> Result<T, Reason> {
     match error.kind() {
-        ErrorKind::WouldBlock | ErrorKind::Interrupted => Ok(0),
+        ErrorKind::WouldBlock | ErrorKind::Interrupted => Ok(T::default()),
         // The client's system has acknowledged nothing for too long: TCP_USER_TIMEOUT.
         ErrorKind::TimedOut => Err(Reason::WriteTimeout),
         _ => Err(Reason::Left),

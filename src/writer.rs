@@ -6,7 +6,8 @@
 //! fifth as much flat out, and took 85 KiB for each stream (a thread that has ever sent holds
 //! 32 KiB of kernel memory for its next packets).
 
-use std::{sync::atomic::Ordering::SeqCst, thread, time::Duration};
+use std::sync::{Arc, atomic::Ordering::SeqCst};
+use std::{mem, thread, time::Duration};
 
 use crate::hub::Hub;
 
@@ -27,22 +28,24 @@ pub fn run(hub: &Hub) {
     }
 }
 
-/// Makes stalled streams due again, and looks at each that is not due once in a round, without the
-/// hub's lock, until the server is over.
+/// Makes stalled streams due again, and looks at each stream once in a round, without the hub's
+/// lock, until the server is over.
 pub fn keep(hub: &Hub) {
     // A heartbeat is late by a quarter of its time at most.
     let round = ROUND.min(12 * hub.config.heartbeat) as usize;
     while !hub.over.load(SeqCst) {
         thread::sleep(TICK);
-        let stalled = &hub.stalled.receiver;
-        for subscriber in stalled.try_iter().take(stalled.len()) {
-            hub.due.push(subscriber);
+        let stalled = mem::take(&mut *hub.stalled.lock());
+        for subscriber in stalled {
+            // Where another thread is quicker than the next line, it is due all the same.
+            subscriber.scheduled.store(false, SeqCst);
+            hub.schedule(&subscriber);
         }
-        let circle = &hub.circle.receiver;
-        for member in circle.try_iter().take(circle.len().div_ceil(round)) {
-            if let Some(subscriber) = member.upgrade() {
+        let mut circle = hub.circle.lock();
+        for _ in 0..circle.len().div_ceil(round) {
+            if let Some(subscriber) = circle.pop_front().and_then(|it| it.upgrade()) {
                 hub.look(&subscriber);
-                hub.circle.push(member);
+                circle.push_back(Arc::downgrade(&subscriber));
             }
         }
     }

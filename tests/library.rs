@@ -3,11 +3,9 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::fmt::Debug;
 use std::io;
-use std::marker::PhantomData;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use sse_server::{Config, Event, Key, Server};
@@ -121,29 +119,10 @@ fn settings_are_read_from_variables() {
     }
 }
 
-/// Whether a type can be printed: the inherent constant is found first, where its bound holds.
-struct Prints<T>(PhantomData<T>);
-
-trait CannotPrint {
-    const DEBUG: bool = false;
-}
-
-impl<T> CannotPrint for Prints<T> {}
-
-impl<T: Debug> Prints<T> {
-    const DEBUG: bool = true;
-}
-
 /// What a program logs about its settings must not give its secret away: what cannot be printed
 /// is not printed by mistake.
 #[test]
-fn a_secret_has_no_way_to_print() {
-    let printable = [
-        Prints::<String>::DEBUG,
-        Prints::<Key>::DEBUG,
-        Prints::<Config>::DEBUG,
-    ];
-    assert_eq!(printable, [true, true, true]);
+fn a_secret_is_not_printed_by_mistake() {
     let shown = format!("{:?} {:#?}", config(SECRET), key(SECRET));
     let bytes = format!("{:?}", &bytes_of_hex(SECRET)[..4]);
     for secret in [&SECRET[..8], bytes.trim_matches(['[', ']'])] {
@@ -296,6 +275,45 @@ fn an_event_published_in_process_reaches_a_client() {
     assert!(matches!(sub.item(), Some(Item::Retry(_))));
     sub.expect_end();
     assert!(sub.connection.whole);
+}
+
+/// What tests log, at every level.
+struct Lines(Mutex<Vec<String>>);
+
+impl log::Log for Lines {
+    fn enabled(&self, _: &log::Metadata) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record) {
+        let line = format!("{} {}", record.level(), record.args());
+        self.0.lock().unwrap().push(line);
+    }
+
+    fn flush(&self) {}
+}
+
+static LINES: Lines = Lines(Mutex::new(Vec::new()));
+
+/// Whoever looks for a stream that comes and goes finds it, but not what it is about.
+#[test]
+fn a_stream_is_logged_for_debugging_without_its_topics() {
+    log::set_logger(&LINES).unwrap();
+    log::set_max_level(log::LevelFilter::Debug);
+    let embedded = Embedded::start(config(SECRET));
+    let topics = ["unsaid 1", "unsaid 2", "unsaid 3", "unsaid 4", "unsaid 5"];
+    assert_eq!(embedded.server.subscribers_of(topics[4]), 0);
+    let sub = embedded.subscribe(&key(SECRET), &topics);
+    assert_eq!(embedded.server.subscribers_of(topics[4]), 1);
+    assert_eq!(embedded.server.subscribers_of(""), 0);
+    let said = |line: &str| LINES.0.lock().unwrap().iter().any(|it| it == line);
+    assert!(said("DEBUG stream opened: id=1 topics=5"));
+    drop(sub);
+    let ended = "DEBUG stream ended: id=1 reason=left";
+    assert!(wait_until(DEADLINE, || said(ended)));
+    assert_eq!(embedded.server.subscribers_of(topics[4]), 0);
+    let lines = LINES.0.lock().unwrap().join("\n");
+    assert!(!lines.contains("unsaid"), "{lines}");
 }
 
 /// A batch that no queue can hold could only cut its own listeners: it is refused whole, and

@@ -1273,9 +1273,10 @@ fn a_refusal_says_its_cause() {
             "/events" => server.get(&format!("/events?token={token}")),
             _ => server.post("/submit", token.as_bytes()),
         };
-        assert_eq!(answer.status, status, "{cause}: {}", answer.body);
-        assert!(answer.body.contains(cause), "{cause}: {}", answer.body);
-        assert_eq!(answer.body.lines().count(), 1, "{}", answer.body);
+        let body = String::from_utf8(answer.body.clone()).unwrap();
+        assert_eq!(answer.status, status, "{cause}: {body}");
+        assert!(body.contains(cause), "{cause}: {body}");
+        assert_eq!(body.lines().count(), 1, "{body}");
         let challenge = answer.header("WWW-Authenticate");
         assert_eq!(challenge.is_some(), status == 401, "{cause}");
     }
@@ -2374,24 +2375,26 @@ fn a_token_is_refused_after_its_lifetime_and_not_before() {
     }
 }
 
-/// A stream that ended with its token would make all clients of a page load reconnect at once.
+/// What somebody whose rights were withdrawn, or who found a token, can still hear ends with that.
 #[test]
-fn a_stream_outlives_its_token() {
-    let server = TestServer::start(&[("SSE_TOKEN_TTL", "2"), ("SSE_HEARTBEAT", "1")]);
-    let token = server.token(&["news"]);
-    let mut sub = server.stream(&token);
-    let target = format!("/events?token={token}");
-    let status = || {
-        let mut connection = server.connect();
-        connection.send(request("GET", &target, "", b""));
-        connection.head().status
-    };
-    assert!(
-        wait_until(DEADLINE, || status() == 401),
-        "the token expires"
-    );
+fn a_stream_ends_when_its_token_does() {
+    let server = TestServer::start(&[
+        ("SSE_TOKEN_TTL", "3"),
+        ("SSE_METRICS_LISTEN", "127.0.0.1:0"),
+    ]);
+    let asked = Instant::now();
+    let mut sub = server.subscribe(&["news"]);
     server.publish(&[("news", "update", "hi")]).ok();
     sub.expect_event("update", "hi");
+    // Its farewell, and an end that can be told from a break.
+    assert!(matches!(sub.item(), Some(Item::Retry(_))));
+    sub.expect_end();
+    assert!(sub.connection.whole);
+    // A token is dated in seconds, and looks come every two.
+    let lived = asked.elapsed();
+    let (least, most) = (Duration::from_millis(1600), Duration::from_secs(6));
+    assert!(least < lived && lived < most, "{lived:?}");
+    server.wait_for_metric(r#"sse_streams_ended_total{reason="expired"}"#, 1);
 }
 
 // ---------------------------------------------------------------------------------------- limits
@@ -2608,7 +2611,14 @@ const FAMILIES: [(&str, &str); 13] = [
     ("sse_accept_failures_total", "counter"),
 ];
 
-const REASONS: [&str; 5] = ["left", "queue_full", "write_timeout", "shutdown", "fault"];
+const REASONS: [&str; 6] = [
+    "left",
+    "queue_full",
+    "write_timeout",
+    "shutdown",
+    "expired",
+    "fault",
+];
 
 const STATUSES: [u16; 13] = [
     200, 204, 400, 401, 404, 405, 408, 411, 413, 414, 431, 503, 505,

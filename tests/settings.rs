@@ -441,7 +441,7 @@ fn a_subscriber_is_cut_when_sse_queue_events_wait_for_it() {
             server.metric(cut) == 1
         });
         assert!(over, "{queued} events queued, and still not cut");
-        server.wait_for_log("stream cut: reason=queue_full count=1");
+        server.wait_for_log("stream cut: reason=queue_full suppressed=0");
         server.wait_for_metric("sse_subscribers", 1);
         // What was sent is whole and without a gap. Its last frame may be cut short by the end.
         let received = stalled.connection.rest();
@@ -478,7 +478,7 @@ fn a_stream_without_progress_is_cut_after_sse_write_timeout() {
             server.wait_for_metric(sample, 1);
             let took = start.elapsed();
             assert!(took >= Duration::from_secs(least), "{took:?}");
-            server.wait_for_log("stream cut: reason=write_timeout count=1");
+            server.wait_for_log("stream cut: reason=write_timeout suppressed=0");
             server.wait_for_metric("sse_subscribers", 0);
             stalled.connection.rest();
             assert!(!stalled.connection.whole, "a cut that looks like an end");

@@ -40,7 +40,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use std::{fmt, fs};
+use std::{fmt, fs, mem};
 
 use parking_lot::{Mutex, MutexGuard};
 
@@ -246,6 +246,9 @@ impl Drop for Mock {
 
 const HEAD: &str = "HEAD\r\n\r\n";
 
+/// What a token has left that outlives its test.
+const FOR_EVER: Duration = Duration::from_secs(86_400);
+
 fn config(queue: u32) -> Config {
     let mut config = Config::new(SECRET).unwrap();
     (config.queue, config.heartbeat, config.write_timeout) = (queue.into(), 600, 600);
@@ -262,7 +265,18 @@ fn topics(names: &[impl AsRef<str>]) -> Topics {
 }
 
 fn subscribe(hub: &Hub, names: &[impl AsRef<str>], chunked: bool, socket: impl Socket + 'static) {
-    let stream = Stream::new(Box::new(socket), HEAD.into(), chunked, hub.config.retry);
+    subscribe_until(hub, names, chunked, socket, Instant::now() + FOR_EVER);
+}
+
+fn subscribe_until(
+    hub: &Hub,
+    names: &[impl AsRef<str>],
+    chunked: bool,
+    socket: impl Socket + 'static,
+    ends: Instant,
+) {
+    let (head, retry) = (HEAD.into(), hub.config.retry);
+    let stream = Stream::new(Box::new(socket), head, chunked, retry, ends);
     hub.subscribe(topics(names), stream);
 }
 
@@ -294,40 +308,44 @@ fn write(hub: &Hub) {
 
 /// As a writer does with those whose sockets were full.
 fn retry(hub: &Hub) {
-    let stalled = &hub.stalled.receiver;
-    for subscriber in stalled.try_iter().take(stalled.len()) {
-        hub.due.push(subscriber);
+    let stalled = mem::take(&mut *hub.stalled.lock());
+    for subscriber in stalled {
+        subscriber.scheduled.store(false, SeqCst);
+        hub.schedule(&subscriber);
     }
     write(hub);
 }
 
 /// One look at everybody, and what comes of it.
 fn look(hub: &Hub) {
-    let circle = &hub.circle.receiver;
-    for member in circle.try_iter().take(circle.len()) {
-        if let Some(subscriber) = member.upgrade() {
-            hub.look(&subscriber);
-            hub.circle.push(member);
-        }
+    for subscriber in hub.circle.lock().iter().filter_map(|it| it.upgrade()) {
+        hub.look(&subscriber);
     }
     write(hub);
 }
 
-fn print_metrics(hub: &Hub) -> String {
-    hub.metrics
-        .print(hub.subscribers(), hub.capacity, hub.topics())
+/// Topics that have a subscriber.
+fn topics_of(hub: &Hub) -> u64 {
+    sample_in(&hub.print_metrics(), "sse_topics")
 }
 
 /// How many streams ended for this reason.
 fn ended(hub: &Hub, reason: &str) -> u64 {
     let sample = format!("sse_streams_ended_total{{reason=\"{reason}\"}}");
-    sample_in(&print_metrics(hub), &sample)
+    sample_in(&hub.print_metrics(), &sample)
 }
 
-const REASONS: [&str; 5] = ["left", "queue_full", "write_timeout", "shutdown", "fault"];
+const REASONS: [&str; 6] = [
+    "left",
+    "queue_full",
+    "write_timeout",
+    "shutdown",
+    "fault",
+    "expired",
+];
 
 /// How many ended, by reason, in the order of [`REASONS`].
-fn all_ended(hub: &Hub) -> [u64; 5] {
+fn all_ended(hub: &Hub) -> [u64; 6] {
     REASONS.map(|reason| ended(hub, reason))
 }
 
@@ -409,7 +427,7 @@ fn a_connection_that_timed_out_is_not_counted_as_one_that_left() {
         write(&hub);
         assert_eq!(ended(&hub, reason), 2, "{kind} at a write");
         assert_eq!(all_ended(&hub).iter().sum::<u64>(), 2, "{kind}");
-        assert_eq!((hub.subscribers(), hub.topics()), (0, 0));
+        assert_eq!((hub.subscribers(), topics_of(&hub)), (0, 0));
     }
 }
 
@@ -460,6 +478,80 @@ fn nothing_follows_a_farewell() {
     }
 }
 
+/// What was queued before a token ended is for its stream, all of it, however much that is; what
+/// comes later is not. The farewell is the last that it hears.
+#[test]
+fn a_stream_ends_with_its_token_and_gets_what_was_queued_before() {
+    for (chunked, size, found_by_a_look) in [
+        (true, 10, true),
+        (false, 10, true),
+        (true, 9000, true),
+        (true, 9000, false),
+        (false, 9000, false),
+    ] {
+        let case = format!("{chunked}, {size}, {found_by_a_look}");
+        let hub = hub(64);
+        let (client, other) = (Client::new(Writing::Eager), client_of(&hub, Writing::Eager));
+        let ends = Instant::now() + Duration::from_millis(300);
+        subscribe_until(&hub, &["news"], chunked, Mock(client.clone()), ends);
+        write(&hub);
+        look(&hub);
+        assert_eq!(all_ended(&hub), [0; 6], "{case}: too early");
+        let data: Vec<_> = (0..10)
+            .map(|it| format!("{it}{}", "x".repeat(size)))
+            .collect();
+        for data in &data {
+            assert_eq!(publish(&hub, data), 2, "{case}");
+        }
+        thread::sleep(ends.saturating_duration_since(Instant::now()));
+        if found_by_a_look {
+            look(&hub);
+        } else {
+            write(&hub);
+        }
+        assert_eq!(all_ended(&hub), [0, 0, 0, 0, 0, 1], "{case}");
+        assert!(client.state().dropped, "{case}");
+        assert_eq!((hub.subscribers(), hub.subscribers_of("news")), (1, 1));
+        assert_eq!(publish(&hub, "later"), 1, "{case}");
+        write(&hub);
+        let frames = data
+            .iter()
+            .map(|data| frame(&format!("data: {data}\n\n"), chunked));
+        let last_chunk = if chunked { "0\r\n\r\n" } else { "" };
+        let farewell = frame("retry: ####\n", chunked) + last_chunk;
+        let wanted = frames.collect::<String>() + &farewell;
+        let begin = HEAD.len() + frame("retry: ####\n:\n", chunked).len();
+        let bytes = client.state().bytes.clone();
+        assert_eq!(bytes.len() - begin, wanted.len(), "{case}");
+        assert!(agree(&bytes[begin..], &wanted), "{case}");
+        assert!(other.events().ends_with("data: later||"), "{case}");
+    }
+}
+
+/// No farewell reaches a client that does not read. It has what it would have had without one: the
+/// write timeout, and not a moment more.
+#[test]
+fn a_stalled_stream_whose_token_ends_is_cut_by_the_write_timeout() {
+    let mut hub = hub(4);
+    hub.config.write_timeout = 1;
+    let client = Client::new(Writing::Eager);
+    let begun = Instant::now();
+    let ends = begun + Duration::from_millis(100);
+    subscribe_until(&hub, &["news"], true, Mock(client.clone()), ends);
+    write(&hub);
+    client.become_writing(Writing::Stuck);
+    assert_eq!(publish(&hub, "1"), 1);
+    write(&hub);
+    while !client.state().dropped && begun.elapsed() < DEADLINE {
+        thread::sleep(Duration::from_millis(20));
+        retry(&hub);
+        look(&hub);
+    }
+    assert!(begun.elapsed() >= Duration::from_secs(1));
+    assert_eq!(all_ended(&hub), [0, 0, 1, 0, 0, 0]);
+    assert_eq!(client.text().matches("retry: ").count(), 1);
+}
+
 /// Nothing that a client says on its stream is kept, answered, or taken for its leaving.
 #[test]
 fn what_a_client_sends_on_its_stream_is_dropped() {
@@ -476,7 +568,7 @@ fn what_a_client_sends_on_its_stream_is_dropped() {
     assert_eq!(publish(&hub, "1"), 1);
     write(&hub);
     assert_eq!(client.events(), "data: 1||");
-    assert_eq!(all_ended(&hub), [0; 5]);
+    assert_eq!(all_ended(&hub), [0; 6]);
 }
 
 /// A client that left and one that has only closed its sending side look the same until they are
@@ -503,7 +595,7 @@ fn a_client_that_only_closes_its_sending_side_is_asked_a_few_times_and_lives_on(
     };
     let comments = ask();
     assert!(left.state().dropped);
-    assert_eq!(all_ended(&hub), [1, 0, 0, 0, 0]);
+    assert_eq!(all_ended(&hub), [1, 0, 0, 0, 0, 0]);
     assert_eq!(comments, ":|".repeat(comments.len() / 2));
     assert_eq!(ask(), comments, "no more of them");
     assert_eq!(publish(&hub, "1"), 1);
@@ -539,10 +631,8 @@ fn a_socket_that_has_drained_takes_what_comes_next() {
         // Until what waits to be written takes no more from the queue, and that is full.
         let mut events = 0;
         let queued = || {
-            let stalled = hub.stalled.receiver.try_recv().expect("it is full");
-            let queued = stalled.queue.receiver.len();
-            hub.stalled.push(stalled);
-            queued
+            let stalled = hub.stalled.lock();
+            stalled.last().expect("it is full").queue.receiver.len()
         };
         while events == 0 || queued() < QUEUE {
             assert_eq!(publish(1), 1, "{case}: {events} events");
@@ -558,7 +648,7 @@ fn a_socket_that_has_drained_takes_what_comes_next() {
         }
         let data = client.events().replace(":|", "");
         assert_eq!(data, format!("data: {}||", "x".repeat(size)).repeat(events));
-        assert_eq!(all_ended(&hub), [0; 5], "{case}");
+        assert_eq!(all_ended(&hub), [0; 6], "{case}");
     }
 }
 
@@ -604,6 +694,8 @@ struct Listener {
     came: (usize, usize),
     /// Nobody had closed the hub by then.
     early: bool,
+    /// It ends with its token, somewhere in the round.
+    mortal: bool,
 }
 
 /// What the threads of a round share.
@@ -645,7 +737,13 @@ impl Scene {
         self.hub.close();
     }
 
-    fn subscribe(&self, dice: &mut Dice, writing: Writing, topics: Vec<usize>) -> Listener {
+    fn subscribe(
+        &self,
+        dice: &mut Dice,
+        writing: Writing,
+        topics: Vec<usize>,
+        life: Option<Duration>,
+    ) -> Listener {
         let client = Client::new(writing);
         let mut state = client.state();
         state.dice = Dice::seeded(dice.next());
@@ -664,7 +762,8 @@ impl Scene {
         let chunked = dice.below(2) == 0;
         let names: Vec<_> = topics.iter().map(|it| topic(*it)).collect();
         let before = self.now();
-        subscribe(&self.hub, &names, chunked, Mock(client.clone()));
+        let ends = Instant::now() + life.unwrap_or(FOR_EVER);
+        subscribe_until(&self.hub, &names, chunked, Mock(client.clone()), ends);
         let (came, early) = ((before, self.now()), !self.closing.load(SeqCst));
         Listener {
             client,
@@ -673,6 +772,7 @@ impl Scene {
             chunked,
             came,
             early,
+            mortal: life.is_some(),
         }
     }
 
@@ -689,7 +789,9 @@ impl Scene {
         let one = dice.below(TOPICS);
         let topics = (0..TOPICS).filter(|it| *it == one || dice.below(2) == 0);
         let topics = topics.collect();
-        self.subscribe(dice, writing, topics)
+        let life = Duration::from_micros(dice.below(20_000) as u64);
+        let life = (dice.below(4) == 0).then_some(life);
+        self.subscribe(dice, writing, topics, life)
     }
 
     /// Submits these events (topic, and how much to put in).
@@ -865,7 +967,8 @@ impl Listener {
     }
 
     /// Exactly the events of its topics that were submitted after it came, in the order of all;
-    /// where it was cut, only the first of them, and perhaps a part of the next frame.
+    /// where it was cut, only the first of them, and perhaps a part of the next frame; where its
+    /// token ended, the first of them.
     #[track_caller]
     fn check(&self, heard: &Heard, order: &[(usize, usize)], all: &Submissions) {
         let first = heard.events.first();
@@ -876,17 +979,18 @@ impl Listener {
             let over = all[publisher][number].over;
             assert!(over > self.came.0, "{self}: an event from before it came");
         }
+        let until_the_end = heard.whole && !self.mortal;
         let (missed, due) = order.split_at(first.unwrap_or(order.len()));
         for (publisher, number, _) in self.expected(missed, all) {
             let begun = all[publisher][number].begun;
-            let lost = begun > self.came.1 && (heard.whole || first.is_some());
+            let lost = begun > self.came.1 && (until_the_end || first.is_some());
             assert!(!lost, "{self}: it missed {publisher} {number}");
         }
         let expected = self.expected(due, all);
         let same = heard.events.iter().zip(&expected).position(|(a, b)| a != b);
         assert_eq!(same, None, "{self}: another order");
         assert!(heard.events.len() <= expected.len(), "{self}: too many");
-        if heard.whole {
+        if until_the_end {
             assert_eq!(heard.events.len(), expected.len(), "{self}: some are lost");
         }
         // Which event is next is not known where there was none before.
@@ -915,12 +1019,13 @@ impl fmt::Display for Listener {
         let state = self.client.state();
         write!(
             f,
-            "a listener of {:?} that is {:?} and {:?}, calm for {}, {}, trouble {:?}, refused {}",
+            "a listener of {:?} that is {:?} and {:?}, calm for {}, {}, {}, trouble {:?}, refused {}",
             self.topics,
             self.writing,
             state.reading,
             state.calm,
             if self.chunked { "chunked" } else { "unchunked" },
+            if self.mortal { "mortal" } else { "immortal" },
             state.trouble,
             state.refused
         )
@@ -976,7 +1081,7 @@ struct Played {
     submissions: usize,
     events_heard: usize,
     turned_away: u64,
-    ended: [u64; 5],
+    ended: [u64; 6],
 }
 
 /// One round: random subscribers, publishers, and a close, each of which may come at any moment.
@@ -993,7 +1098,7 @@ fn play(seed: u64) -> Played {
     let (hub, ending) = (&scene.hub, Ending(scene.clone()));
 
     let everything = (0..TOPICS).collect();
-    let mut listeners = vec![scene.subscribe(&mut dice, Writing::Eager, everything)];
+    let mut listeners = vec![scene.subscribe(&mut dice, Writing::Eager, everything, None)];
     for _ in 0..dice.below(10) {
         listeners.push(scene.subscribe_at_random(&mut dice));
     }
@@ -1004,7 +1109,7 @@ fn play(seed: u64) -> Played {
         let scene = scene.clone();
         writers.push(in_background(move || {
             while !scene.hub.over.load(SeqCst) {
-                scene.hub.circle.receiver.try_iter().for_each(drop);
+                scene.hub.circle.lock().clear();
                 thread::sleep(Duration::from_millis(1));
             }
         }));
@@ -1075,7 +1180,7 @@ fn play(seed: u64) -> Played {
     }
     hub.end();
     let played = judge(hub, &listeners, &all, cut_in_the_end);
-    assert_eq!((hub.subscribers(), hub.topics()), (0, 0));
+    assert_eq!((hub.subscribers(), topics_of(hub)), (0, 0));
     played
 }
 
@@ -1088,7 +1193,8 @@ fn judge(
 ) -> Played {
     let heard: Vec<_> = listeners.iter().map(|it| it.heard(all)).collect();
     let order = order_of(&heard[0], all);
-    let (mut turned_away, mut without_trouble, mut expected) = (0, 0, [0; 5]);
+    let (mut turned_away, mut without_trouble, mut expected) = (0, 0, [0; 6]);
+    let mut mortal_and_whole = 0;
     for (listener, heard) in listeners.iter().zip(&heard) {
         let state = listener.client.state();
         assert!(state.dropped, "somebody still has its socket");
@@ -1102,6 +1208,7 @@ fn judge(
             Some(Trouble::Panicked) => expected[4] += 1,
             Some(Trouble::Failed(ErrorKind::TimedOut)) => expected[2] += 1,
             Some(Trouble::Failed(_)) => expected[0] += 1,
+            None if heard.whole && listener.mortal => mortal_and_whole += 1,
             None if heard.whole => expected[3] += 1,
             None if nothing && !refused && !listener.early => turned_away += 1,
             // It was asked, and had no room, before its place was lost.
@@ -1112,12 +1219,15 @@ fn judge(
             }
         }
     }
-    let text = print_metrics(hub);
+    let text = hub.print_metrics();
     let count = |sample: &str| sample_in(&text, sample);
     let ended = all_ended(hub);
     if let Some(cut_in_the_end) = cut_in_the_end {
         expected[1] = without_trouble - cut_in_the_end as u64;
         expected[2] += cut_in_the_end as u64;
+        // Whether a token or the hub ended first is not known here.
+        expected[5] = ended[5].min(mortal_and_whole);
+        expected[3] += mortal_and_whole - expected[5];
         assert_eq!(ended, expected, "{REASONS:?}");
         assert_eq!(count("sse_streams_turned_away_total"), turned_away);
     }
@@ -1133,7 +1243,7 @@ fn judge(
     assert_eq!(count("sse_events_total"), events as u64);
     assert_eq!(count("sse_deliveries_total"), deliveries as u64);
     assert!(events_heard <= deliveries);
-    if heard.iter().all(|it| it.whole) {
+    if heard.iter().all(|it| it.whole) && listeners.iter().all(|it| !it.mortal) {
         assert_eq!(events_heard, deliveries, "nobody was cut");
     }
     Played {
@@ -1210,7 +1320,9 @@ fn looks_do_not_take_the_hubs_lock() {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             if thread::current().name() == Some(PUBLISHER) {
                 self.published_to.send(()).unwrap();
-                self.opened.recv_timeout(2 * DEADLINE).unwrap();
+                // When it has been opened once, nobody is kept any more.
+                let opened = self.opened.recv_timeout(2 * DEADLINE);
+                assert_ne!(opened, Err(mpsc::RecvTimeoutError::Timeout));
                 return Ok(bytes.len());
             }
             Err(ErrorKind::WouldBlock.into())
@@ -1271,7 +1383,6 @@ fn looks_do_not_take_the_hubs_lock() {
         "it has the lock"
     );
     open.send(()).unwrap();
-    // To whoever else writes to it as the publisher: nobody is kept any more.
     drop(open);
     assert!(join(publisher, "the publisher"));
     assert_eq!(join(asks, "the one that counts"), 51);
@@ -1454,7 +1565,7 @@ impl Square {
         for writer in self.writers {
             join(writer, "a writer");
         }
-        assert_eq!(self.scene.hub.topics(), 0);
+        assert_eq!(topics_of(&self.scene.hub), 0);
     }
 }
 
