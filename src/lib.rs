@@ -22,7 +22,7 @@
 //! let thread = std::thread::spawn(move || running.run());
 //!
 //! // Where to send a browser that may read the topic:
-//! let token = key.mint_subscription(&["jobs"])?;
+//! let token = key.mint_subscription(["jobs"])?;
 //! println!("http://{}/events?token={token}", server.local_addr()?);
 //! // In-process: no HTTP, no token, the same guarantees.
 //! let receipt = server.publish(&[Event::new("jobs", "progress", "50 %")?])?;

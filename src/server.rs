@@ -62,8 +62,8 @@ impl Server {
     /// Binds the addresses. Connections wait in the kernel until [`Server::run`].
     ///
     /// # Errors
-    /// Where a setting is none that can be used ([`io::ErrorKind::InvalidInput`]), an address cannot
-    /// be listened on, or the system allows too few descriptors.
+    /// Where a setting cannot be used ([`ErrorKind::InvalidInput`]), an address cannot be listened
+    /// on, or the system allows too few descriptors.
     pub fn bind(mut config: Config) -> io::Result<Arc<Self>> {
         config.check()?;
         let (descriptors, _) = Resource::NOFILE.get()?;

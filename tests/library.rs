@@ -104,7 +104,7 @@ fn settings_are_read_from_variables() {
         let vars = vars
             .iter()
             .map(|(name, value)| (name.to_string(), value.to_string()));
-        Config::from_vars(vars.collect::<Vec<_>>().into_iter())
+        Config::from_vars(vars)
     };
     let secret = ("SSE_SECRET", SECRET);
     let config = read(&[secret, ("PATH", "/"), ("QUEUE", "3"), ("SSE_QUEUE", "9")]).unwrap();
@@ -114,7 +114,7 @@ fn settings_are_read_from_variables() {
         (&[("SSE_SECRET", "abc")], "SSE_SECRET"),
         (&[secret, ("SSE_QUEUE", "0")], "SSE_QUEUE"),
     ] {
-        let problem = read(vars).err().expect(name);
+        let problem = read(vars).expect_err(name);
         assert!(problem.to_string().contains(name), "{problem}");
     }
 }
@@ -463,7 +463,7 @@ fn several_servers_live_in_one_process() {
         2
     );
     sub_one.expect_event("one", "");
-    let foreign = keys[0].mint_subscription(&["news"]).unwrap();
+    let foreign = keys[0].mint_subscription(["news"]).unwrap();
     let mut connection = Connection::open(two.addr);
     connection.send(request("GET", &format!("/events?token={foreign}"), "", b""));
     assert_eq!(connection.answer().status, 401);
@@ -566,7 +566,7 @@ fn publishing_never_waits_for_a_subscriber() {
 fn the_crate_mints_what_other_libraries_open() {
     let key = key(&format!("{SECRET},{OTHER_SECRET}"));
     let open = |token: &str| branca::decode(token, &bytes_of_hex(SECRET), 60).unwrap();
-    let token = key.mint_subscription(&["news", "caf\u{e9}"]).unwrap();
+    let token = key.mint_subscription(["news", "caf\u{e9}"]).unwrap();
     type Subscription = BTreeMap<String, Vec<String>>;
     let opened: Subscription = rmp_serde::from_slice(&open(&token)).unwrap();
     let topics = ["news", "caf\u{e9}"].map(String::from).to_vec();

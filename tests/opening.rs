@@ -20,7 +20,6 @@ mod token;
 
 #[path = "support/attack.rs"]
 mod attack;
-#[allow(dead_code)]
 mod support;
 
 use std::time::{Duration, Instant};
@@ -141,7 +140,7 @@ fn both_say_the_same_at_every_length() {
     let judges = Judges::new();
     let lengths = (0..700).chain([1000, 1024, 2000, 4000, 8000, 16_000, 32_000, 48_000]);
     for length in lengths {
-        let topic = "t".repeat(length.min(256).max(1));
+        let topic = "t".repeat(length.clamp(1, 256));
         let topics = vec![&*topic; length / 256 + 1];
         let token = mint(SECRET, &payload_of(&topics), now());
         assert!(judges.agree(&token), "{length}");

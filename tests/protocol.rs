@@ -1079,7 +1079,8 @@ fn the_metrics_address_allows_no_origin() {
 /// whose stream goes on through a proxy that keeps reading for it does not hold it for ever.
 #[test]
 fn a_stream_ends_with_its_token() {
-    let server = TestServer::start(&[("SSE_TOKEN_TTL", "10"), ("SSE_RETRY", "500")]);
+    let metrics = ("SSE_METRICS_LISTEN", "127.0.0.1:0");
+    let server = TestServer::start(&[("SSE_TOKEN_TTL", "10"), ("SSE_RETRY", "500"), metrics]);
     let payload = topics_payload(&["news"]);
     let (left, began) = (6, Instant::now());
     let mut subs: Vec<_> = (0..20)
@@ -1111,12 +1112,15 @@ fn a_stream_ends_with_its_token() {
 fn an_expired_token_is_sent_for_a_new_one_where_that_is_set() {
     let payload = topics_payload(&["news"]);
     for url in ["/events", "https://app.example/events?x=1", ""] {
-        let settings = [("SSE_TOKEN_TTL", "60"), ("SSE_RENEW_URL", url)];
-        let server = TestServer::start(&settings[..1 + usize::from(!url.is_empty())]);
+        let metrics = ("SSE_METRICS_LISTEN", "127.0.0.1:0");
+        let settings = [metrics, ("SSE_TOKEN_TTL", "60"), ("SSE_RENEW_URL", url)];
+        let server = TestServer::start(&settings[..2 + usize::from(!url.is_empty())]);
         let ask = |token: &str, method: &str| {
             let target = format!("/events?token={token}");
             let fields = "Accept: text/event-stream\r\nOrigin: null\r\n";
-            server.raw(request(method, &target, fields, b""))
+            let mut connection = server.connect();
+            connection.send(request(method, &target, fields, b""));
+            connection.head()
         };
         let expired = server.mint_at(&payload, now() - 70);
         for method in ["GET", "HEAD"] {

@@ -53,7 +53,7 @@ const LAYERS: [&str; 11] = [
 
 /// Lines of code in the library: `src/` without the binary. More than the 1,000 it is to have: what
 /// owns the connection took more than the 150 that were meant for it.
-const LIBRARY_LINES: usize = 1_325;
+const LIBRARY_LINES: usize = 1_583;
 
 /// Lines of code in the binary.
 const BINARY_LINES: usize = 120;
@@ -165,21 +165,20 @@ fn each_file_knows_only_the_layers_in_front_of_it() {
     assert!(uses(&binary).is_empty(), "{:?}", uses(&binary));
 }
 
-/// One that is counted and not listed would end whoever counts it; one that is listed and not
-/// counted would stay 0.
+/// An alert is written from the README.
 #[test]
-fn every_sample_that_is_counted_is_listed_and_the_other_way_round() {
+fn the_readme_says_what_each_family_of_metrics_means() {
     let page = fs::read_to_string(root().join("src/metrics.prom")).unwrap();
-    let samples = page.lines().filter_map(|line| line.strip_suffix(" 0"));
-    let listed: BTreeSet<_> = samples
-        .map(|sample| first_word(sample).expect("a name"))
-        .collect();
-    let mut counted = BTreeSet::new();
-    for (_, text) in files("src", ".rs") {
-        let names = code(&text).flat_map(|line| line.split("\"sse_").skip(1));
-        counted.extend(names.filter_map(|rest| first_word(&format!("sse_{rest}"))));
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, table) = readme.split_once("\n## Metrics\n").expect("a section");
+    let (table, _) = table.split_once("\n## ").expect("another one");
+    let families = page.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    let families: Vec<_> = families.filter_map(first_word).collect();
+    assert!(families.len() > 10);
+    for family in families {
+        let named = [format!("`{family}`"), format!("`{family}{{")];
+        assert!(named.iter().any(|it| table.contains(it)), "{family}");
     }
-    assert_eq!(counted, listed);
 }
 
 #[test]

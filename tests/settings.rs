@@ -319,6 +319,7 @@ fn an_address_may_be_a_host_name() {
 fn sse_log_says_what_is_logged() {
     let listen = ("SSE_LISTEN", "127.0.0.1:0");
     expect_refusal(&run(&[listen, ("SSE_LOG", "loud")], &[]), "SSE_LOG", "loud");
+    let metrics = ("SSE_METRICS_LISTEN", "127.0.0.1:0");
     let server = TestServer::start(&[("SSE_LOG", "debug")]);
     let token = server.token(&["first-topic", "second-topic"]);
     drop(server.stream(&token));
@@ -330,7 +331,7 @@ fn sse_log_says_what_is_logged() {
         assert!(!server.log().contains(secret), "{secret}");
     }
     assert!(!server.log().contains("no setting of this server"));
-    let quiet = TestServer::start(&[]);
+    let quiet = TestServer::start(&[metrics]);
     drop(quiet.subscribe(&["news"]));
     quiet.wait_for_metric("sse_streams_ended_total{reason=\"left\"}", 1);
     assert_eq!(quiet.log().lines().count(), 1, "{}", quiet.log());
@@ -964,7 +965,8 @@ fn help_is_given_anywhere() {
             .args(args)
             .output()
             .unwrap();
-        assert!(stdout_of(output).starts_with("usage: "), "{args:?}");
+        assert_eq!(output.status.code(), Some(0), "{args:?}");
+        assert!(text(&output.stdout).starts_with("usage: "), "{args:?}");
     }
 }
 

@@ -91,7 +91,7 @@ impl Tool {
             }
             // Check here who asks. The page comes back for every stream: no token gets too old.
             ["GET", "/events"] => {
-                let (push, token) = (&self.push, self.key.mint_subscription(&["jobs"]));
+                let (push, token) = (&self.push, self.key.mint_subscription(["jobs"]));
                 let token = token.expect("a valid topic");
                 let url = format!("http://{}/events?token={token}", push.local_addr()?);
                 reply(&format!("307 Temporary Redirect\r\nLocation: {url}"), "")

@@ -44,10 +44,10 @@ struct World {
 static WORLD: LazyLock<World> = LazyLock::new(|| {
     let config = config::Config::new(&"42".repeat(32)).unwrap();
     let other = config::Config::new(&"43".repeat(32)).unwrap().key;
-    let mint = |topic| (topic, config.key.mint_subscription(&[topic]).unwrap());
+    let mint = |topic| (topic, config.key.mint_subscription([topic]).unwrap());
     World {
         tokens: [mint("a"), mint("b")].into(),
-        forged: other.mint_subscription(&["a"]).unwrap(),
+        forged: other.mint_subscription(["a"]).unwrap(),
         hub: hub::Hub::new(config, 1),
     }
 });
