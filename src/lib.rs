@@ -34,6 +34,9 @@
 //! ```
 #![forbid(unsafe_code)]
 
+#[cfg(not(any(target_os = "linux", target_os = "macos")))]
+compile_error!("sse-server runs on Linux and macOS: it needs their sockets and signals");
+
 // In the order of the layers, lowest first; the blank lines keep the formatter from sorting them.
 
 mod error;

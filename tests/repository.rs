@@ -51,9 +51,9 @@ const LAYERS: [&str; 11] = [
     "server",
 ];
 
-/// Lines of code in the library: `src/` without the binary. More than the 1,000 it is to have: what
-/// owns the connection took more than the 150 that were meant for it.
-const LIBRARY_LINES: usize = 1_583;
+/// Lines of code in the library: `src/` without the binary. More than the 1,000 it is to have: see
+/// SECURITY.md, under "What is to be trusted".
+const LIBRARY_LINES: usize = 1_585;
 
 /// Lines of code in the binary.
 const BINARY_LINES: usize = 120;
@@ -82,6 +82,12 @@ fn the_source_has_few_lines_of_code() {
         let total: usize = counts.iter().map(|(_, count)| count).sum();
         println!("  {what}: {total} lines of {most}");
         assert!(total <= most, "{what}: {total} lines: {counts:?}");
+        // What is said of it is true.
+        for page in ["README.md", ".github/SECURITY.md"] {
+            let text = fs::read_to_string(root().join(page)).unwrap();
+            let said = what == "binary" || text.contains(&format!("{total} lines"));
+            assert!(said, "{page} does not say {total} lines");
+        }
     }
     // Nor is the count kept down by lines that nobody wants to read.
     for (name, text) in &source {
