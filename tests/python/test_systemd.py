@@ -4,7 +4,7 @@ import re
 import subprocess
 
 import pytest
-from conftest import BINARY, TESTS, tool
+from conftest import BINARY, TESTS, missing, tool
 
 UNIT = TESTS / "systemd" / "sse-server.service"
 
@@ -12,6 +12,8 @@ UNIT = TESTS / "systemd" / "sse-server.service"
 @pytest.fixture
 def unit(tmp_path):
     """The unit with the binary under test in it, which has to be there."""
+    if not BINARY.is_file():
+        missing(f"no server binary at {BINARY}: run `cargo build`")
     path = tmp_path / UNIT.name
     path.write_text(UNIT.read_text().replace("/usr/local/bin/sse-server", str(BINARY)))
     return path
