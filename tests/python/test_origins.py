@@ -7,6 +7,9 @@ import pytest
 import requests
 from conftest import DEADLINE, free_port, until
 
+# A busy machine takes a while.
+pytestmark = pytest.mark.timeout(600)
+
 # One stream with credentials and one without; what each of them comes to.
 PAGE = """<!doctype html><title>page</title><script>
 window.streams = {};

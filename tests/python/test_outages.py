@@ -8,6 +8,9 @@ from functools import partial
 import pytest
 from conftest import DEADLINE, subscribe
 
+# Sixteen streams in each of two browsers take a busy machine a while.
+pytestmark = pytest.mark.timeout(600)
+
 # Each address in a frame of its own, where a stream from it comes from the same origin, as it does
 # when the push server is mounted under the application's host. What a frame notes, the page keeps.
 PAGE = """<!doctype html><title>plain pages</title><script>
@@ -78,7 +81,7 @@ class Pages:
 
     def until(self, condition, why):
         """Waits until it is true of each stream, in every page."""
-        end = time.monotonic() + 3 * DEADLINE
+        end = time.monotonic() + 6 * DEADLINE
         while True:
             notes = self.notes()
             if all(condition(name, note) for name in notes for note in notes[name]):
