@@ -18,9 +18,18 @@ test: tools target/venv target/tools/bin/geckodriver ## every test
 	cargo test --no-fail-fast
 	target/venv/bin/python -m pytest tests/python -q
 
-lint: ## formatting and clippy
+lint: ## formatting, clippy with and without features, and that it builds for macOS
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets --all-features -- -D warnings
+	cargo clippy --all-targets --no-default-features -- -D warnings
+	@if rustup target add x86_64-apple-darwin; then \
+	  set -x; cargo check --target x86_64-apple-darwin; \
+	elif [ "$$CI" = true ]; then \
+	  echo "under CI nothing is skipped: the check for macOS needs rustup" >&2; exit 1; \
+	else \
+	  echo "SKIPPED: the check for macOS, which needs rustup" >&2; \
+	fi
 
 soak: ## ten minutes of subscribers coming and going, every stream checked
 	SSE_SOAK_SECONDS=600 cargo test --release --test soak -- --nocapture

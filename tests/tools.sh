@@ -2,14 +2,14 @@
 # The Debian packages that tests and benchmarks use: installed where this runs as root on Debian,
 # asked for by name elsewhere. A test that misses one says so, and in CI fails.
 packages="curl openssl nginx libnginx-mod-nchan libsodium23 chromium chromium-driver firefox-esr
-  iproute2 iptables util-linux podman cloc nodejs npm"
+  haproxy caddy systemd iproute2 iptables util-linux podman cloc nodejs npm"
 missing=""
 for package in $packages; do
     case $package in
         # May have come from elsewhere.
         nodejs) command -v node ;;
         npm) command -v npm ;;
-        curl | openssl | nginx | cloc | podman | chromium) command -v "$package" ;;
+        curl | openssl | nginx | caddy | cloc | podman | chromium) command -v "$package" ;;
         *) dpkg -s "$package" ;;
     esac >/dev/null 2>&1 || missing="$missing $package"
 done

@@ -20,9 +20,11 @@ import time
 from contextlib import suppress
 from functools import partial
 from http.client import HTTPConnection, HTTPSConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import msgpack
 import pytest
 import requests
@@ -266,6 +268,26 @@ def subscribe(url, tls=None, decode=bytes, **headers):
     return Reader(open_stream)
 
 
+def subscribe_http2(proxy, url):
+    """A stream over HTTP/2, which urllib3 does not speak."""
+
+    def open_stream():
+        # In a context of its own: it is told what to offer, and no other client is to offer it.
+        tls = ssl.create_default_context(cafile=proxy.cert)
+        client = httpx.Client(http2=True, verify=tls, timeout=DEADLINE)
+        response = client.send(client.build_request("GET", url), stream=True)
+        response.raise_for_status()
+        assert response.http_version == "HTTP/2"
+        connection = response.extensions["network_stream"].get_extra_info("socket")
+        return response.iter_raw(), partial(connection.shutdown, socket.SHUT_RDWR)
+
+    return Reader(open_stream)
+
+
+def publish_through(server, proxy, topic, event, data):
+    return server.publish(topic, event, data, proxy.url, verify=proxy.cert)
+
+
 class Nginx(Process):
     """Debian's nginx with a configuration of ours, under a directory of its own."""
 
@@ -303,8 +325,7 @@ http {{
 
     def accepts(self):
         assert self.child.poll() is None, self.log("error.log")
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+        return answers(self.port)
 
     def kill(self):
         with suppress(subprocess.TimeoutExpired):
@@ -315,6 +336,112 @@ http {{
     def log(self, name):
         path = self.prefix / "logs" / name
         return path.read_text() if path.exists() else ""
+
+
+def changed(text, changes):
+    """A configuration with other addresses and names. A test must not go on about a setting that is
+    no longer there."""
+    for old, new in changes.items():
+        assert old in text, f"{old!r} is not in the configuration"
+        text = text.replace(old, str(new))
+    return text
+
+
+class Haproxy(Process):
+    """tests/haproxy/sse-server.cfg in front of a server."""
+
+    def __init__(self, folder, server, certificate):
+        folder.mkdir()
+        port, (cert, key) = free_port(), certificate
+        (folder / "both.pem").write_text(cert.read_text() + key.read_text())
+        config = changed(
+            (TESTS / "haproxy" / "sse-server.cfg").read_text(),
+            {
+                "bind :443": f"bind 127.0.0.1:{port}",
+                "/etc/haproxy/push.example.com.pem": folder / "both.pem",
+                "127.0.0.1:8000": f"127.0.0.1:{server.port}",
+                "log /dev/log local0": "log stdout format raw local0",
+                "    user haproxy\n    group haproxy\n": "",
+                "maxconn 20000": "maxconn 1000",
+            },
+        )
+        (folder / "haproxy.cfg").write_text(config)
+        super().__init__([tool("haproxy", "/usr/sbin/haproxy"), "-db", "-f", folder / "haproxy.cfg"])
+        self.port, self.url = port, f"https://127.0.0.1:{port}"
+        self.tls, self.cert = ssl.create_default_context(cafile=cert), cert
+        self.wait_for(partial(answers, port), "accepting connections")
+
+
+class Caddy(Process):
+    """tests/caddy/Caddyfile in front of a server."""
+
+    def __init__(self, folder, server, certificate):
+        folder.mkdir()
+        port, (cert, key) = free_port(), certificate
+        config = changed(
+            (TESTS / "caddy" / "Caddyfile").read_text(),
+            {
+                # Neither an administrator's port nor one for http, which others may use.
+                "{\n\tservers": "{\n\tadmin off\n\tauto_https disable_redirects\n\tservers",
+                "push.example.com {": f"https://127.0.0.1:{port} {{\n\ttls {cert} {key}",
+                "127.0.0.1:8000": f"127.0.0.1:{server.port}",
+                "/var/log/caddy": folder,
+            },
+        )
+        (folder / "Caddyfile").write_text(config)
+        command = [tool("caddy"), "run", "--adapter", "caddyfile", "--config", folder / "Caddyfile"]
+        home = {"HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+        super().__init__(command, os.environ | home)
+        self.log = folder / "sse-access.log"
+        self.port, self.url = port, f"https://127.0.0.1:{port}"
+        self.tls, self.cert = ssl.create_default_context(cafile=cert), cert
+        self.wait_for(partial(answers, port), "accepting connections")
+
+
+def answers(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Site:
+    """An application on a port of its own, in this process. Each page of it is a function of the
+    request's headers that returns a status, header fields and a text."""
+
+    def __init__(self):
+        self.pages, self.asked = {}, []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                path = self.path.split("?")[0]
+                site.asked.append(path)
+                page = site.pages.get(path, lambda _: (404, {}, ""))
+                status, fields, text = page(self.headers)
+                self.send_response(status)
+                for name, value in ({"Content-Type": "text/html"} | fields).items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(text.encode())))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_):
+                pass
+
+        site = self
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=[0.05], daemon=True).start()
+
+    def kill(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def site(start):
+    """site() starts an application, at first without pages."""
+    return lambda: start(Site)
 
 
 @pytest.fixture
@@ -330,6 +457,20 @@ def start():
     yield start
     for process in reversed(processes):
         process.kill()
+
+
+@pytest.fixture
+def haproxy(start, tmp_path, certificate):
+    """haproxy(server) puts the recommended HAProxy in front of a server."""
+    tool("haproxy", "/usr/sbin/haproxy")
+    return lambda server: start(Haproxy, tmp_path / "haproxy", server, certificate)
+
+
+@pytest.fixture
+def caddy(start, tmp_path, certificate):
+    """caddy(server) puts the recommended Caddy in front of a server."""
+    tool("caddy")
+    return lambda server: start(Caddy, tmp_path / "caddy", server, certificate)
 
 
 @pytest.fixture
@@ -387,11 +528,7 @@ def recommended(nginx, certificate):
         if upstream:
             http, found = re.subn(r"(?m)^upstream sse_server \{.*?^\}", upstream, http, flags=re.S)
             assert found == 1
-        for old, new in changes.items():
-            # A test must not go on about a setting that is no longer there.
-            assert old in http, f"{old!r} is not in the configuration"
-            http = http.replace(old, str(new))
-        proxy = nginx(http)
+        proxy = nginx(changed(http, changes))
         proxy.url = f"https://127.0.0.1:{port}"
         proxy.tls = ssl.create_default_context(cafile=cert)
         proxy.cert = cert

@@ -27,7 +27,7 @@ KINDS = {
     "sse_accept_failures": "counter",
 }
 REASONS = ["left", "queue_full", "write_timeout", "shutdown", "expired", "fault"]
-STATUSES = [200, 204, 400, 401, 404, 405, 408, 411, 413, 414, 431, 503, 505]
+STATUSES = [200, 204, 307, 400, 401, 404, 405, 408, 411, 413, 414, 431, 503, 505]
 ended = "sse_streams_ended_total{{reason={}}}".format
 answers = "sse_answers_total{{status={}}}".format
 
@@ -193,7 +193,7 @@ def test_counters_follow_the_traffic_to_the_letter(measured):
 # What is counted is what was answered: by whom it was refused, the reader of requests or what
 # stands behind it, makes no difference.
 def test_every_answer_is_counted_by_its_status_and_nothing_else_is(measured):
-    server = measured(max_subscribers=1, max_body=1000, read_timeout=5)
+    server = measured(max_subscribers=1, max_body=1000, read_timeout=5, renew_url="/again")
     expired = server.token("a", timestamp=1)
     full = f"/events?token={server.token('b')}"
     taken = subscribe(f"{server.url}/events?token={server.token('a')}")
@@ -209,7 +209,8 @@ def test_every_answer_is_counted_by_its_status_and_nothing_else_is(measured):
         ("GET", "/submit", b"", 405),
         ("GET", "/events", b"", 401),
         ("HEAD", "/events", b"", 401),
-        ("GET", f"/events?token={expired}", b"", 401),
+        ("GET", f"/events?token={expired}", b"", 307),
+        ("HEAD", f"/events?token={expired}", b"", 307),
         ("GET", f"/events?token={server.token()}", b"", 400),
         ("GET", f"/events?token={'7' * 4097}", b"", 414),
         ("GET", full, b"", 503),
@@ -269,7 +270,17 @@ def test_each_way_to_lose_a_stream_is_counted_under_its_reason(measured):
     publish_until(patient, ended("write_timeout"), 1)
     sluggard.close()
 
-    for server, reasons in [(server, {"queue_full": 1, "left": 1}), (patient, {"write_timeout": 1})]:
+    # With its token.
+    brief = measured(token_ttl=3)
+    reader = subscribe(f"{brief.url}/events?token={brief.token('a')}")
+    assert reader.ended.wait(DEADLINE)
+    until_value(brief, ended("expired"), 1)
+
+    for server, reasons in [
+        (server, {"queue_full": 1, "left": 1}),
+        (patient, {"write_timeout": 1}),
+        (brief, {"expired": 1}),
+    ]:
         found = samples(server.scrape())
         assert {reason: found[ended(reason)] for reason in REASONS if found[ended(reason)]} == reasons
         assert found["sse_streams_opened_total"] == len(reasons)
