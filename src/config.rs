@@ -15,10 +15,10 @@ pub struct Key {
 /// The settings of one server, which [`Server::bind`](crate::Server::bind) checks. None of the
 /// numbers may be zero; none means unlimited. Printed for debugging it hides the secret.
 ///
-/// They bound the memory: for each stream `queue` events (shared by all who hear them), an event and
-/// 16 KiB that are being written, and 3 KiB; for each of at most 4,096 other connections `max_body`
-/// and what comes of it, three times as much, and 40 KiB. What the kernel holds for sockets is
-/// its own setting: 4 MiB for one that does not read.
+/// They bound the memory: for each stream `queue` events (shared by all who hear them), an event
+/// and 16 KiB that are being written, and 3 KiB; for each of at most 4,096 other connections
+/// `max_body` and what comes of it, three times as much, and 40 KiB. What the kernel holds for
+/// sockets is its own setting: 4 MiB for one that does not read.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// The secret shared with the backends.
@@ -39,8 +39,8 @@ pub struct Config {
     pub max_subscribers: u64,
     /// Topics in one token. Default 64: about as many as fit the longest token.
     pub max_topics: u64,
-    /// Bytes of a submission. Default 16384, which takes a millisecond to open; at most 65536, which
-    /// takes fifteen: base62 is quadratic.
+    /// Bytes of a submission. Default 16384, which takes a millisecond to open; at most 65536,
+    /// which takes fifteen: base62 is quadratic.
     pub max_body: u64,
     /// Events that may wait for one subscriber before it is cut. Default 64: as a rule at
     /// most 1 MiB; of events that are nothing but line ends, 5 MiB.

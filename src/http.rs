@@ -55,9 +55,9 @@ pub struct Answer {
     pub authentic: bool,
 }
 
-/// Connections whose threads wait for their clients, to read or to write, in the order in which they
-/// are closed to make room. One whose request is being decided on is not among them. Locked for a
-/// step in the tree.
+/// Connections whose threads wait for their clients, to read or to write, in the order in which
+/// they are closed to make room. One whose request is being decided on is not among them. Locked
+/// for a step in the tree.
 pub type Waiting = Mutex<BTreeMap<Standing, Arc<TcpStream>>>;
 
 /// Whether it has sent an authentic submission: those that have not go first. When it came, or was

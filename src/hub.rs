@@ -13,8 +13,8 @@ use crate::metrics::{Metrics, Reason};
 use crate::subscriber::{Lane, Stream, Subscriber, Turn};
 use crate::{config::Config, error::Refusal, error::ensure};
 
-/// Attempts of a publisher to make room, after which no other may take it. Two that need a part of a
-/// queue rarely take more than one; one that needs all of it would be passed for ever.
+/// Attempts of a publisher to make room, after which no other may take it. Two that need a part of
+/// a queue rarely take more than one; one that needs all of it would be passed for ever.
 const MAX_PASSED: u32 = 5;
 
 /// By id: leaving a topic of thousands is a step, not a search.
@@ -29,16 +29,16 @@ pub struct Receipt {
     pub deliveries: usize,
 }
 
-/// Locks, in the order in which they may be taken: `gate`, `map` or `circle`, a stream's; `stalled` and
-/// the queues' own are held for a step. What takes longest under `map`: to queue 64 events to 10,000
-/// subscribers, about 50 ms, and where sockets are full, a write of 2 µs for each.
+/// Locks, in the order in which they may be taken: `gate`, `map` or `circle`, a stream's; `stalled`
+/// and the queues' own are held for a step. What takes longest under `map`: to queue 64 events to
+/// 10,000 subscribers, about 50 ms, and where sockets are full, a write of 2 µs for each.
 pub struct Hub {
     pub metrics: Metrics,
     pub config: Config,
     /// Subscribers at once.
     pub capacity: usize,
-    /// Publishers come in through here, one after the other. One that was passed too often by others
-    /// keeps it while it makes room.
+    /// Publishers come in through here, one after the other. One that was passed too often by
+    /// others keeps it while it makes room.
     gate: Mutex<()>,
     /// Under this lock a stream's may be taken, never the other way round. Held while queues are
     /// filled; whoever has it waits for no client.

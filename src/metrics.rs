@@ -16,7 +16,8 @@ pub enum Reason {
     Left,
     /// An event found no room in its queue, and its socket took nothing.
     QueueFull,
-    /// Its socket took nothing for `SSE_WRITE_TIMEOUT`, or not enough in the last 5 seconds of a server.
+    /// Its socket took nothing for `SSE_WRITE_TIMEOUT`, or not enough in the last 5 seconds of a
+    /// server.
     WriteTimeout,
     /// Its token did, and it was told so.
     Expired,

@@ -43,8 +43,8 @@ pub struct Subscriber {
     /// Stands in a lane, or has its turn: true from then on until the end of the turn, so that it
     /// stands in one lane at most, and once. Whoever leaves work (an event, unsent bytes) does so
     /// *before* looking here; whoever ends a turn clears this *before* looking for work. One of the
-    /// two sees the other: that takes one order of all four steps, hence `SeqCst`, as the queue's own
-    /// ends are.
+    /// two sees the other: that takes one order of all four steps, hence `SeqCst`, as the queue's
+    /// own ends are.
     pub scheduled: AtomicBool,
     /// Needs a turn, whatever the queue holds: the last one did not come to [`Turn::Written`]. Set
     /// under the stream's lock. A publisher reads it without: it may come too late, but then finds
@@ -87,8 +87,8 @@ pub enum Turn {
 impl Subscriber {
     /// Writes what waits, in as few writes as can be; before that, where it is `looking`, sees
     /// whether the client is still there. Waits for nobody but another turn of this stream. Unless
-    /// the socket is full, there is room for one in the queue afterwards. `closing`: whether the hub
-    /// takes no more events, as read before this is called.
+    /// the socket is full, there is room for one in the queue afterwards. `closing`: whether the
+    /// hub takes no more events, as read before this is called.
     pub fn turn(&self, looking: bool, closing: bool, config: &Config) -> Turn {
         let mut stream = self.stream.lock();
         if stream.over.is_none() {
