@@ -1808,6 +1808,17 @@ fn a_head_has_at_most_8_kib() {
     }
 }
 
+/// Each field that is kept costs more memory than it has bytes.
+#[test]
+fn a_field_that_is_read_may_be_repeated_but_not_without_end() {
+    let server = TestServer::start(&[]);
+    for (name, times, status) in [("Accept", 30, 200), ("Accept", 40, 431), ("x", 1900, 200)] {
+        let fields = format!("{name}:\r\n").repeat(times);
+        let answer = server.raw(request("GET", "/ping", &fields, b""));
+        assert_eq!(answer.status, status, "{times} times {name}");
+    }
+}
+
 /// `curl -x` and some proxies name the host in the target, and mean the same.
 #[test]
 fn an_absolute_target_is_served_like_its_path() {
