@@ -1,8 +1,9 @@
 #!/bin/sh
-# Leaves a stripped binary that needs no library of the system at target/static/sse-server.
+# Leaves a stripped binary that needs no library of the system at target/static/sse-server; for another
+# processor with TARGET=aarch64-unknown-linux-musl.
 set -eu
 cd "$(dirname "$0")/../.."
-musl=$(uname -m)-unknown-linux-musl
+musl=${TARGET:-$(uname -m)-unknown-linux-musl}
 binary=target/static/sse-server
 
 # musl is made for this, but its standard library has to be installed: rustup target add.
@@ -11,11 +12,17 @@ binary=target/static/sse-server
 # the place of what is to be tested.
 if [ -d "$(rustc --print target-libdir --target "$musl" 2>/dev/null)" ]; then
     target=$musl
-elif [ "${CI:-}" = true ]; then
-    echo "under CI the binary is made with musl: rustup target add $musl" >&2 && exit 1
+elif [ "${CI:-}" = true ] || [ -n "${TARGET:-}" ]; then
+    echo "the standard library for it is missing: rustup target add $musl" >&2 && exit 1
 else
     target=$(rustc -vV | sed -n 's/^host: //p')
 fi
+
+# Rust's own linker knows every processor; the system's knows one.
+case $target in
+    "$(uname -m)"-*) ;;
+    *) export "CARGO_TARGET_$(echo "$target" | tr a-z- A-Z_)_LINKER=rust-lld" ;;
+esac
 
 # In a directory of its own: other flags would make the next `cargo build` start from nothing.
 RUSTFLAGS='-C target-feature=+crt-static' \
