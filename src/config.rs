@@ -209,11 +209,12 @@ fn is_origin(text: &str) -> bool {
         Some((_, port)) if !host.ends_with(']') => port,
         _ => "1",
     };
+    let is_port = port.parse::<u16>().is_ok_and(|it| it.to_string() == port);
     let is_default = [("http", "80"), ("https", "443")].contains(&(scheme, port));
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-._:[]".contains(c);
     let named =
         !scheme.is_empty() && !host.is_empty() && text.replace("://", "").chars().all(allowed);
-    named && port.parse::<u16>().is_ok() && !is_default
+    named && is_port && !is_default
 }
 
 fn is_url(text: &str) -> bool {

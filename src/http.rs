@@ -33,6 +33,9 @@ const READ_FIELDS: [&str; 9] = [
 /// How many of them are kept.
 const MAX_FIELDS: usize = 32;
 
+/// Bytes of line ends in front of a request, and its first.
+const MAX_LINE_ENDS: usize = 32;
+
 /// Bytes that are read ahead: of a head, or of the requests behind this one.
 const BUFFER: usize = 4 * 1024;
 
@@ -186,9 +189,11 @@ impl<'a> Connection<'a> {
         let (authentic, ..) = self.standing;
         self.last |= ending || (crowded && !authentic);
         let body = if self.head_only { "" } else { &answer.body };
-        let written = self.write(&(answer.head(self.last) + body));
-        if written.is_ok() && !self.last {
-            return Some(self);
+        match self.write(&(answer.head(self.last) + body)) {
+            Ok(()) if !self.last => return Some(self),
+            // It left, or made room: it must not stand among those that wait once more.
+            Err(None) => return None,
+            _ => {}
         }
         _ = self.socket().shutdown(Shutdown::Write);
         let read = |it: &mut Self| io::copy(&mut it.reader, &mut io::sink()).map_err(unread);
@@ -238,7 +243,8 @@ fn unread(error: io::Error) -> Option<Refusal> {
 /// The first byte of a request. Some clients send a line end behind a body: RFC 9112, section 2.2.
 fn read_first(reader: &mut impl BufRead) -> Received<[u8; 1]> {
     let is_line_end = |byte: &io::Result<u8>| matches!(byte, Ok(b'\r' | b'\n'));
-    let mut bytes = reader.bytes().skip_while(is_line_end);
+    // A few at most: a stranger could send them for ever.
+    let mut bytes = reader.bytes().take(MAX_LINE_ENDS).skip_while(is_line_end);
     Ok([bytes.next().and_then(Result::ok).ok_or(None)?])
 }
 

@@ -52,7 +52,8 @@ pub fn reply(hub: &Hub, door: Door, request: &Received<Request>) -> Option<Answe
         Err(refusal) => refuse(hub, &refusal),
     };
     if door == Door::Public {
-        let origin = request.iter().flat_map(|it| it.values("Origin")).next();
+        let mut origins = request.iter().flat_map(|it| it.values("Origin"));
+        let origin = origins.find(|it| is_plain(it));
         answer.fields += &allow_origin(&hub.config.allow_origin, origin);
     }
     Some(answer)
@@ -73,6 +74,11 @@ fn allow_origin(allowed: &str, origin: Option<&str>) -> String {
         }
     };
     fields + "Vary: Origin\r\n"
+}
+
+/// What may be repeated in an answer.
+fn is_plain(value: &str) -> bool {
+    !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 fn is_stream(kind: &str) -> bool {
@@ -171,6 +177,7 @@ fn submit(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
 /// since tracing libraries add theirs to every request.
 fn preflight(request: &Request) -> Answer {
     let named = request.values("Access-Control-Request-Headers");
+    let named = named.filter(|name| is_plain(name));
     let named: String = named.map(|name| format!(", {name}")).collect();
     answer(204, format!("{PREFLIGHT}{named}\r\n"), String::new())
 }

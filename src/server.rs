@@ -22,7 +22,7 @@ const BACKLOG: i32 = 4096;
 /// silent. When there are so many, each that comes takes the place of one that waits.
 const MAX_THREADS: usize = 4096;
 
-/// Threads above which no connection is kept for a stranger. Hundreds that send a thousand requests
+/// Connections above which none is kept for a stranger. Hundreds that send a thousand requests
 /// at once wait for a core, not for their clients: whichever was closed to make room took a third
 /// of a second to notice, and publishers stood in line behind all of them.
 const CROWD: usize = 128;
@@ -56,6 +56,8 @@ pub struct Server {
     pool: Lane<Option<(TcpStream, Door)>>,
     /// Each thread that this server has started holds a clone until it ends, or panics.
     threads: Arc<()>,
+    /// Each of the pool that has a connection holds a clone.
+    busy: Arc<()>,
 }
 
 impl Server {
@@ -84,6 +86,7 @@ impl Server {
             waiting: Waiting::default(),
             pool: Lane { sender, receiver },
             threads: Arc::new(()),
+            busy: Arc::new(()),
         }))
     }
 
@@ -246,7 +249,9 @@ impl Server {
             let line = "connection closed to make room for another";
             self.hub.metrics.evicted.warn(line);
             // There is room when its thread has let go of it: until then no other is closed.
-            while Arc::strong_count(&socket) > 1 {
+            let released = Arc::downgrade(&socket);
+            drop(socket);
+            while released.strong_count() > 0 {
                 thread::sleep(MOMENT);
             }
         }
@@ -256,6 +261,7 @@ impl Server {
     fn work(&self) {
         while let Ok(Some((socket, door))) = self.pool.receiver.recv_timeout(IDLE) {
             _ = socket.set_nodelay(true);
+            let _busy = self.busy.clone();
             let connection = Connection::new(socket, &self.hub.config, &self.waiting);
             self.serve(connection, door);
         }
@@ -274,7 +280,7 @@ impl Server {
                 self.hub.subscribe(topics, stream);
                 return None;
             }
-            let crowded = Arc::strong_count(&self.threads) > CROWD;
+            let crowded = Arc::strong_count(&self.busy) > CROWD;
             let ending = self.hub.closed.load(SeqCst);
             connection = connection.answer(&answer, crowded, ending)?;
         }

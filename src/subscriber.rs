@@ -99,12 +99,24 @@ impl Subscriber {
                     stream.look(config)?;
                 }
                 stream.flush(config)?;
-                let expired = Instant::now() >= stream.ends;
-                if stream.unsent.is_empty() {
-                    stream.fill(&self.queue.receiver, expired, closing, config);
-                    stream.flush(config)
-                } else if expired && stream.farewell.is_none() {
-                    // It does not read: what it reads later it may hear no more.
+                let (queue, expired) = (&self.queue.receiver, Instant::now() >= stream.ends);
+                // What is queued by now is the last that a stream hears whose token has expired.
+                let mut waiting = queue.len();
+                while stream.unsent.is_empty() {
+                    waiting -= stream.fill(queue, waiting);
+                    // Closing was true before the queue was found empty: nothing can follow.
+                    if closing && queue.is_empty() {
+                        stream.bid_farewell(Reason::Shutdown, config);
+                    } else if expired && waiting == 0 {
+                        stream.bid_farewell(Reason::Expired, config);
+                    }
+                    stream.flush(config)?;
+                    if !expired {
+                        return Ok(());
+                    }
+                }
+                // It does not read: what it would read later it may hear no more.
+                if expired {
                     Err(Reason::Expired)
                 } else {
                     Ok(())
@@ -171,25 +183,24 @@ impl Stream {
         Ok(())
     }
 
-    /// Takes events from the queue, and adds the farewell where it is time for it.
-    fn fill(&mut self, queue: &Receiver<Frame>, expired: bool, closing: bool, config: &Config) {
-        for frame in queue.try_iter().take(queue.len()) {
+    /// Takes events from the queue for one write, `most` of them; how many they were.
+    fn fill(&mut self, queue: &Receiver<Frame>, most: usize) -> usize {
+        let mut taken = 0;
+        while taken < most
+            && self.unsent.len() < MAX_BATCH
+            && let Ok(frame) = queue.try_recv()
+        {
             self.push(&frame);
-            // One that has expired gets all that was queued by now, and nothing else.
-            if self.unsent.len() >= MAX_BATCH && !expired {
-                break;
-            }
+            taken += 1;
         }
-        self.farewell = expired.then_some(Reason::Expired);
-        // Closing was true before the queue was found empty: nothing can follow.
-        if closing && queue.is_empty() {
-            self.farewell = Some(Reason::Shutdown);
-        }
-        if self.farewell.is_some() {
-            self.push(&Frame::new(&retry(config.retry)));
-            // An empty one is the last chunk, which tells an end from a break.
-            self.push(&Frame::new(""));
-        }
+        taken
+    }
+
+    fn bid_farewell(&mut self, reason: Reason, config: &Config) {
+        self.farewell = Some(reason);
+        self.push(&Frame::new(&retry(config.retry)));
+        // An empty one is the last chunk, which tells an end from a break.
+        self.push(&Frame::new(""));
     }
 
     fn push(&mut self, frame: &Frame) {

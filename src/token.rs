@@ -294,7 +294,12 @@ impl fmt::Debug for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::List(list) => f.debug_list().entries(list).finish(),
-            Self::Map(fields) => f.debug_map().entries(fields).finish(),
+            Self::Map(fields) => {
+                let named = fields
+                    .iter()
+                    .filter(|(name, _)| matches!(name, Self::Text(_)));
+                f.debug_map().entries(named).finish()
+            }
             Self::Text(text) => {
                 let escape = |letter| match letter {
                     '"' | '\\' => format!("\\{letter}"),

@@ -8,7 +8,7 @@
 mod attack;
 mod support;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::panic::resume_unwind;
@@ -1499,6 +1499,51 @@ fn in_a_crowd_only_publishers_keep_their_connections() {
     assert_eq!(stranger.answer().header("Connection"), Some("close"));
     stranger.expect_closed();
     drop(silent);
+}
+
+/// Both accepting threads close connections to make room. A connection that was closed while its
+/// answer was on the way stood among the waiting once more, and the second thread took it too: each
+/// then waited for the other to let go of it, for ever.
+#[test]
+fn two_who_make_room_do_not_wait_for_each_other() {
+    let _alone = alone();
+    let settings = [("SSE_METRICS_LISTEN", "127.0.0.1:0")];
+    let mut server = TestServer::start_under(&["prlimit", "--nofile=64:64"], &settings);
+    let wanted = format!("Access-Control-Request-Headers: {}\r\n", "x".repeat(7000));
+    let burst = request("OPTIONS", "/", &wanted, b"").repeat(25);
+    let stop = Arc::new(AtomicBool::new(false));
+    let metrics = server.metrics.expect("it was set");
+    let doors = [(server.addr, 90), (server.addr, 90), (metrics, 5)];
+    let attackers: Vec<_> = doors
+        .into_iter()
+        .map(|(addr, kept)| {
+            let (stop, burst) = (stop.clone(), burst.clone());
+            in_background(move || {
+                let mut silent = VecDeque::new();
+                while !stop.load(SeqCst) {
+                    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+                    socket.set_recv_buffer_size(2048).unwrap();
+                    socket.set_tcp_mss(536).unwrap();
+                    let _ = socket.connect_timeout(&addr.into(), Duration::from_secs(1));
+                    let stream = TcpStream::from(socket);
+                    stream.set_nonblocking(true).unwrap();
+                    let _ = (&stream).write(&burst);
+                    silent.push_back(stream);
+                    if silent.len() > kept {
+                        silent.pop_front();
+                    }
+                    thread::sleep(Duration::from_micros(500));
+                }
+            })
+        })
+        .collect();
+    thread::sleep(Duration::from_secs(6));
+    stop.store(true, SeqCst);
+    attackers.into_iter().for_each(|it| it.join().unwrap());
+    assert!(wait_until(DEADLINE, || server.descriptors() < 60));
+    assert_eq!(server.get("/ping").status, 200);
+    server.signal("TERM");
+    assert_eq!(server.wait_for_end().code(), Some(0));
 }
 
 /// Who is answered is not evicted, however long the answer takes: what takes longest is to open a

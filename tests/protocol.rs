@@ -1808,6 +1808,19 @@ fn a_head_has_at_most_8_kib() {
     }
 }
 
+/// Nobody could tell whether a request comes behind them; a thread that skips them waits for nobody,
+/// and holds up those who have one.
+#[test]
+fn line_ends_in_front_of_a_request_are_not_skipped_for_ever() {
+    let server = TestServer::start(&[("SSE_READ_TIMEOUT", "600")]);
+    for times in [20, 1000] {
+        let mut connection = server.connect();
+        connection.try_send("\r\n".repeat(times));
+        connection.expect_closed();
+    }
+    assert_eq!(server.get("/ping").status, 200);
+}
+
 /// Each field that is kept costs more memory than it has bytes.
 #[test]
 fn a_field_that_is_read_may_be_repeated_but_not_without_end() {
