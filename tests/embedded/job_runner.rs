@@ -10,6 +10,7 @@ use sse_server::{Config, Event, Key, Server};
 
 const JOBS: [&str; 3] = ["Database backup", "Newsletter", "Pictures"];
 const PAGE: &str = include_str!("page.html");
+const SCRIPT: &str = include_str!("../client/live.js");
 
 struct Tool {
     push: Arc<Server>,
@@ -85,6 +86,7 @@ impl Tool {
         };
         match head.split(' ').take(2).collect::<Vec<_>>()[..] {
             ["GET", "/"] => reply("200 OK\r\nContent-Type: text/html", PAGE),
+            ["GET", "/live.js"] => reply("200 OK\r\nContent-Type: text/javascript", SCRIPT),
             ["GET", "/state"] => {
                 let json = serde_json::json!(*self.state.lock().unwrap()).to_string();
                 reply("200 OK\r\nContent-Type: application/json", &json)
