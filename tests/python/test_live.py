@@ -11,6 +11,9 @@ from selenium.common.exceptions import WebDriverException
 
 PAGE = b"""<!doctype html><title>live</title><script type="module">
 import { live } from "./live.js";
+// Timers of a page that nobody sees are rare; of this one there are none.
+if (location.pathname === "/timeless") window.setInterval = window.setTimeout = () => 1;
+window.ask = () => window.dispatchEvent(new Event("visibilitychange"));
 const more = new URLSearchParams(location.search).getAll("on");
 const heard = (window.heard = []), states = (window.states = []);
 window.opened = 0;
@@ -220,14 +223,13 @@ def test_another_tab_takes_over_when_the_leading_one_crashes(push, backend, chro
 # asks every few seconds, and when it is shown. (Firefox lets messages through to a page that waits.)
 def test_a_tab_that_is_seen_takes_over_from_one_that_sleeps(push, backend, chrome):
     site = backend(push.server)
-    asleep, awake = tabs(chrome, site.url, 2)
+    asleep, awake = tabs(chrome, f"{site.url}/timeless", 2)
     assert asleep.leads()
     awake.run(
         """
         window.answers = 0;
         window.channel = new BroadcastChannel(`live ${location.origin}/events`);
         channel.onmessage = ({ data }) => (window.answers += data.kind === "welcome");
-        window.ask = () => window.dispatchEvent(new Event("visibilitychange"));
         """
     )
     # As long as it answers, it keeps the stream.
@@ -304,6 +306,30 @@ def test_every_tab_is_live_again_when_the_server_is(push, backend, browser):
         assert tab.get("window.states.at(-1)") == "live"
     assert push.streams() == 1
     tell(push, three, "back")
+
+
+# A browser delays the timers of a tab that nobody sees, by a minute and more: one that is seen makes
+# it look at the clock.
+def test_a_tab_that_nobody_sees_comes_back_when_one_that_is_seen_asks(push, backend, browser):
+    hidden, seen = tabs(browser, f"{backend(push.server).url}/timeless", 2)
+    assert hidden.leads()
+    push.server.kill()
+    until(lambda: seen.get("window.states.at(-1)") == "lost", "the other tab is told")
+    push.server.again()
+    until(lambda: seen.get("(ask(), window.opened)") == 2, "a new stream")
+    assert hidden.leads() and push.metric("sse_streams_opened_total") == 1
+    tell(push, [hidden, seen], "back")
+
+
+# Another network: what was open may be dead without anybody having said so.
+def test_a_new_network_makes_a_new_stream(push, backend, browser):
+    one, two = tabs(browser, backend(push.server).url, 2)
+    one.run("window.dispatchEvent(new Event('online'))")
+    two.run("window.dispatchEvent(new Event('online'))")  # it has no stream
+    until(lambda: two.get("window.opened") == 2, "a new stream")
+    until(lambda: push.streams() == 1, "the old one is gone")
+    assert push.metric("sse_streams_opened_total") == 2
+    tell(push, [one, two], "x")
 
 
 # Pages of one site that listen for different events.
