@@ -208,8 +208,8 @@ def goes_on(push, rest):
     assert sum(tab.leads() for tab in rest) == 1
 
 
+# Its process ends, without a word to anybody. (Firefox has no address for that.)
 def test_another_tab_takes_over_when_the_leading_one_crashes(push, backend, chrome):
-    # A site of its own for each: tabs of one site may share a process, and would crash together.
     all_tabs = tabs(chrome, backend(push.server).url, 4)
     gone = leader(all_tabs)
     chrome.switch_to.window(gone.handle)

@@ -69,6 +69,8 @@ class Look:
         assert small == [], (name, self.name)
         wide = "return document.documentElement.scrollWidth - innerWidth"
         assert self.run(wide) <= 0, "it scrolls to the side"
+        wide = "const it = document.querySelector('header'); return it.scrollWidth - it.clientWidth"
+        assert self.run(wide) <= 0, (name, self.name, "the status leaves the card")
 
     def press(self, *keys):
         for key in keys:

@@ -103,7 +103,7 @@ function status(state, pause) {
     const end = Date.now() + pause;
     const tick = () => {
       const seconds = Math.max(0, Math.ceil((end - Date.now()) / 1000));
-      $("next").textContent = `· retry in ${seconds} s`;
+      $("next").textContent = `· ${seconds} s`;
     };
     tick();
     countdown = setInterval(tick, 250);
