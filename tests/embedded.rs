@@ -100,7 +100,10 @@ fn the_example_shows_its_jobs_from_start_to_end() {
     let page = tool.request("GET", "/");
     assert_eq!(page.status, 200);
     assert_eq!(page.header("Content-Type"), Some("text/html"));
-    assert!(page.text().contains("new EventSource(\"events\")"));
+    assert!(page.text().contains("live(\"events\""));
+    let script = tool.request("GET", "/live.js");
+    assert_eq!(script.header("Content-Type"), Some("text/javascript"));
+    assert!(script.text().contains("export function live("));
 
     let mut subs = [tool.follow(), tool.follow()];
     let (mut changes, mut percents) = tool.state();

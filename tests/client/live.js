@@ -11,29 +11,30 @@
 //
 // One tab holds a lock and the stream, and passes events on to the others, which lifts HTTP/1.1's
 // limit of six connections. When it is closed or crashes, the browser gives the lock to the next.
+// Tabs share by address: where what is sent depends on who asks, put that into it ("/events?user=7").
 // Where a browser has no Web Locks (pages without HTTPS, but for localhost) each tab has a stream.
 //
 // The server's heartbeats are comments, which no page sees: that a connection is dead is noticed by
-// the browser (by TCP's keep-alive, after a minute or so), and here by what it tells of its network.
+// the browser (by TCP's keep-alive, within minutes), and here by what it tells of its network.
 export function live(url, { open, status, on, resume = false }) {
-  const BEAT = 5_000; // milliseconds: a tab that was put to sleep with the lock is silent
   const name = `live ${new URL(url, location.href)}`;
-  const shared = "locks" in navigator && "BroadcastChannel" in window;
-  const channel = shared && new BroadcastChannel(name);
-  let source, timer, failures = 0; // of the tab that has the stream; the timer of its next attempt
+  const types = new Set(["stream-reset", ...Object.keys(on)]); // and those of the other tabs
+  let channel, asked = 0; // to the other tabs; how often the one that leads was, and gave no answer
+  let source, timer, due, failures = 0; // of the tab that leads; its next attempt, and when
   let state, lastId; // the last status; the id of the last event, where they have ids
-  let heard = Date.now(); // when the tab that has the stream was last heard of
+  const say = (kind) => channel?.postMessage({ kind, args: state, types: [...types] });
 
-  function tell(message) {
-    if (channel) channel.postMessage(message);
-    hear(message);
+  function tell(kind, args) {
+    channel?.postMessage({ kind, args });
+    hear({ kind, args });
   }
 
-  function hear({ kind, args }) {
-    heard = Date.now();
-    if (kind === "hello" && source && state) channel.postMessage({ kind: "welcome", args: state });
+  function hear({ kind, args, types: others = [] }) {
+    for (const type of others) listen(type);
+    if (kind === "hello") return source && look();
+    asked = 0;
     // For a tab that has just come: it hears events already, and fetches what was before.
-    const joined = kind === "welcome" && !state;
+    const joined = kind === "welcome" && args && !state;
     if (kind === "status" || joined) status(...(state = args));
     if (kind === "open" || joined) open();
     if (kind === "event") {
@@ -44,26 +45,30 @@ export function live(url, { open, status, on, resume = false }) {
     }
   }
 
+  function listen(type) {
+    types.add(type);
+    source?.addEventListener(type, pass); // the same one twice counts once
+  }
+
+  // An event of yours may be named "open" or "error": those are MessageEvents.
+  function pass(event) {
+    if (event instanceof MessageEvent) tell("event", [event.type, event.data, event.lastEventId]);
+  }
+
   function connect() {
     const address = new URL(url, location.href);
     const resuming = resume && lastId;
     if (resuming) address.searchParams.set("last_event_id", lastId);
-    timer = undefined;
+    timer = clearTimeout(timer);
     source = new EventSource(address);
-    // An event of yours may be named "open" or "error": those are MessageEvents.
     source.onopen = (event) => {
       if (event instanceof MessageEvent) return;
       failures = 0;
-      tell({ kind: "status", args: ["live"] });
-      if (!resuming) tell({ kind: "open" });
+      tell("status", ["live"]);
+      if (!resuming) tell("open");
     };
     source.onerror = (event) => event instanceof MessageEvent || begin();
-    for (const type of new Set([...Object.keys(on), "stream-reset"])) {
-      source.addEventListener(type, (event) => {
-        if (!(event instanceof MessageEvent)) return;
-        tell({ kind: "event", args: [type, event.data, event.lastEventId] });
-      });
-    }
+    types.forEach(listen);
   }
 
   // Begins anew at `url`, whatever it was. Left alone, Chromium would go to where the last redirect
@@ -74,37 +79,40 @@ export function live(url, { open, status, on, resume = false }) {
     source.close();
     clearTimeout(timer);
     timer = setTimeout(connect, pause);
-    tell({ kind: "status", args: [failures++ ? "offline" : "lost", pause] });
+    due = Date.now() + pause;
+    tell("status", [failures++ ? "offline" : "lost", pause]);
   }
 
-  // The lock is held until the page is gone, or another tab took it from one that was asleep.
-  function lead() {
-    connect();
-    return new Promise(() => {});
-  }
-
+  // The lock is held until the page is gone, or another tab takes it.
   function join(options) {
-    if (!shared) return lead();
+    if (!channel) return connect();
+    const lead = () => (connect(), new Promise(() => {}));
     navigator.locks.request(name, options, lead).catch(() => {
-      source.close();
-      clearTimeout(timer);
-      source = timer = undefined;
+      if (!source) channel = channel.close(); // not allowed here: a stream for this tab alone
+      source?.close();
+      source = timer = clearTimeout(timer);
       join({});
     });
   }
 
-  setInterval(() => {
-    if (!source) {
-      const asleep = Date.now() - heard > 4 * BEAT && document.visibilityState === "visible";
-      if (asleep) join({ steal: true });
-    } else {
-      tell({ kind: "beat" });
-      // Firefox ends a stream without a word when a page starts a download.
-      if (source.readyState === EventSource.CLOSED && !timer) begin();
-    }
-  }, BEAT);
+  // Every 5 seconds, and in a tab that nobody sees at least whenever one that is seen says "hello".
+  function look() {
+    if (source && timer && Date.now() > due) connect();
+    // Firefox ends a stream without a word when a page starts a download.
+    if (source && !timer && source.readyState === EventSource.CLOSED) begin();
+    if (source) return say("welcome");
+    if (document.visibilityState === "hidden") return;
+    if (asked++ > 3) join({ steal: true }); // a tab that was put to sleep keeps its lock
+    say("hello");
+  }
+
+  setInterval(look, 5_000);
+  addEventListener("visibilitychange", look);
   addEventListener("online", () => source && begin(500));
-  if (channel) channel.onmessage = (event) => hear(event.data);
+  try {
+    channel = navigator.locks && new BroadcastChannel(name);
+    if (channel) channel.onmessage = (event) => hear(event.data);
+  } catch {} // where a browser keeps nothing for the site, it may refuse
   join({});
-  if (channel) channel.postMessage({ kind: "hello" });
+  say("hello");
 }

@@ -13,7 +13,7 @@ import time
 import msgpack
 import requests
 from branca import Branca
-from flask import Flask, abort, redirect, request
+from flask import Flask, abort, redirect, request, send_from_directory
 
 # Where this backend reaches sse-server. With a standby, both addresses, separated by a comma.
 PUSH_URLS = os.environ.get("PUSH_URLS", "http://127.0.0.1:8000").split(",")
@@ -55,6 +55,11 @@ lock = threading.Lock()
 @app.get("/")
 def page():
     return app.send_static_file("index.html")
+
+
+@app.get("/static/live.js")  # it belongs to no application: copy it into yours
+def script():
+    return send_from_directory("../client", "live.js")
 
 
 @app.get("/items")

@@ -10,6 +10,8 @@ use sse_server::{Config, Event, Key, Server};
 
 const JOBS: [&str; 3] = ["Database backup", "Newsletter", "Pictures"];
 const PAGE: &str = include_str!("page.html");
+const SCRIPT: &str = include_str!("../client/live.js");
+const STYLE: &str = include_str!("../demo/static/style.css");
 
 struct Tool {
     push: Arc<Server>,
@@ -85,6 +87,8 @@ impl Tool {
         };
         match head.split(' ').take(2).collect::<Vec<_>>()[..] {
             ["GET", "/"] => reply("200 OK\r\nContent-Type: text/html", PAGE),
+            ["GET", "/live.js"] => reply("200 OK\r\nContent-Type: text/javascript", SCRIPT),
+            ["GET", "/style.css"] => reply("200 OK\r\nContent-Type: text/css", STYLE),
             ["GET", "/state"] => {
                 let json = serde_json::json!(*self.state.lock().unwrap()).to_string();
                 reply("200 OK\r\nContent-Type: application/json", &json)

@@ -38,6 +38,8 @@ BINARY = Path(os.environ.get("SSE_SERVER_BIN", TARGET / "debug" / "sse-server"))
 SCRATCH = TARGET / "tmp" / "python"
 # For each wait on something that is about to happen. Generous: the machine may be busy.
 DEADLINE = 20
+# This machine under a name that browsers trust no more than any other: its pages have plain HTTP.
+PLAIN_HOST = "plain.test"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -573,6 +575,7 @@ def chromium(profile):
         f"--window-size=900,760 --user-data-dir={profile}"
     ).split():
         options.add_argument(argument)
+    options.add_argument(f"--host-resolver-rules=MAP {PLAIN_HOST} 127.0.0.1")
     options.accept_insecure_certs = True
     service = webdriver.ChromeService(tool("chromedriver"))
     return webdriver.Chrome(options, service)
@@ -586,6 +589,7 @@ def firefox(profile):
     options.add_argument("-headless")
     options.add_argument("--width=900")
     options.add_argument("--height=760")
+    options.set_preference("network.dns.localDomains", PLAIN_HOST)
     options.accept_insecure_certs = True
     # Debian has no geckodriver; it is built with `cargo install geckodriver`.
     driver = tool("geckodriver", TARGET / "tools" / "bin" / "geckodriver")

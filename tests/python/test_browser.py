@@ -7,7 +7,7 @@ import time
 
 import pytest
 import requests
-from conftest import TARGET, TESTS, Demo, Process, free_port, until
+from conftest import TARGET, TESTS, Demo, Process, free_port, subscribe, until
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -70,9 +70,11 @@ def second_tab(driver, url):
 
 # The promise of the whole thing.
 def test_two_tabs_update_each_other(serve, demo, browser):
-    app = demo(serve())
+    server = serve()
+    app = demo(server)
     first = Page(browser, app.url).shows("live")
     second = second_tab(browser, app.url).shows("live")
+    assert server.publish("list", "unheard", "") == 1  # one stream does for both
     first.picture("empty")
     first.add("Coffee")
     second.lists("Coffee")
@@ -81,7 +83,15 @@ def test_two_tabs_update_each_other(serve, demo, browser):
     first.click("li:last-child button")
     second.lists("Oat milk")
     # "Clear all" is an event with a name and no data.
+    # It asks first, and only who insists is obeyed.
     second.click("#clear")
+    second.picture("clear-all")
+    second.click("#keep")
+    second.click("#clear")
+    second.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    second.lists("Oat milk")
+    second.click("#clear")
+    second.click("#remove")
     first.lists()
 
 
@@ -194,16 +204,16 @@ def test_an_old_token_is_refused(serve):
 def test_a_page_turned_away_comes_back_by_itself(serve, demo, browser):
     server = serve(max_subscribers=1, heartbeat=1)
     app = demo(server)
-    first = Page(browser, app.url).shows("live")
-    second = second_tab(browser, app.url).shows("offline")
-    second.picture("offline")
+    other = subscribe(f"{server.url}/events?token={server.token('list')}")
+    page = Page(browser, app.url).shows("offline")
+    page.picture("offline")
     app.add("seen by both")
-    first.lists("seen by both")
-    second.lists("seen by both")
-    first.here().driver.get("about:blank")
-    second.shows("live")
+    assert other.event()[0] == "added"
+    page.lists("seen by both")
+    other.close()
+    page.shows("live")
     app.add("live again")
-    second.lists("live again", "seen by both")
+    page.lists("live again", "seen by both")
 
 
 # A browser gives up for good on an answer such as 503. Nobody wrote a script here that would know

@@ -35,7 +35,7 @@ class Page:
         return self.run(bars)
 
     def start(self):
-        enabled = "return !document.getElementById('start').disabled"
+        enabled = "return document.getElementById('start').ariaDisabled === 'false'"
         until(lambda: self.run(enabled), "the button can be pressed")
         self.run("document.getElementById('start').click()")
 
@@ -93,7 +93,7 @@ def test_a_page_heals_itself_when_the_tool_restarts(start, browser):
     page.start()
     until(lambda: min(page.percents()) > 0, "bars that move")
     tool.kill()
-    until(lambda: page.run("return !document.querySelector('.live')"), "the page sees that")
+    until(lambda: page.run("return !document.querySelector('[data-state=live]')"), "the page sees that")
     page.picture("jobs-lost")
     start(JobRunner, port)
     page.shows("Live")

@@ -51,7 +51,13 @@ function show({ id, text }) {
 }
 
 function hide(id) {
-  items.get(id)?.remove();
+  const row = items.get(id);
+  // Who removes with the keyboard goes on from where they were.
+  if (row?.contains(document.activeElement)) {
+    const next = row.nextElementSibling ?? row.previousElementSibling;
+    (next?.querySelector("button") ?? $("text")).focus();
+  }
+  row?.remove();
   items.delete(id);
   count();
 }
@@ -88,14 +94,16 @@ let countdown;
 function status(state, pause) {
   clearInterval(countdown);
   $("status").dataset.state = state;
-  if (state === "live") $("status").textContent = "Live";
-  if (state === "lost") $("status").textContent = "Reconnecting…";
+  const text = { live: "Live", lost: "Reconnecting…", offline: "Offline" }[state];
+  // Read out when it changes; the seconds beside it are only to be seen.
+  $("status").firstElementChild.textContent = text;
+  $("next").textContent = "";
   if (state === "offline") {
     refresh(); // without a stream the page stays a little behind, but not for ever
     const end = Date.now() + pause;
     const tick = () => {
       const seconds = Math.max(0, Math.ceil((end - Date.now()) / 1000));
-      $("status").textContent = `Offline, next try in ${seconds} s`;
+      $("next").textContent = `· ${seconds} s`;
     };
     tick();
     countdown = setInterval(tick, 250);
@@ -107,7 +115,16 @@ $("add").onsubmit = async (event) => {
   const text = $("text").value.trim();
   if (text && (await send("POST", "items", { text }))) $("text").value = "";
 };
-$("clear").onclick = () => send("DELETE", "items");
+$("clear").onclick = () => {
+  $("question").textContent = `Remove ${items.size === 1 ? "the item" : `all ${items.size} items`}, for everybody?`;
+  $("sure").showModal(); // Escape keeps them, too
+};
+$("keep").onclick = () => $("sure").close();
+$("remove").onclick = () => {
+  $("sure").close();
+  $("text").focus();
+  send("DELETE", "items");
+};
 
 live("events", {
   open: refresh,
