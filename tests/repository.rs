@@ -53,7 +53,7 @@ const LAYERS: [&str; 11] = [
 
 /// Lines of code in the library: `src/` without the binary. More than the 1,000 it is to have: see
 /// SECURITY.md, under "What is to be trusted".
-const LIBRARY_LINES: usize = 1_611;
+const LIBRARY_LINES: usize = 1_659;
 
 /// Lines of code in the binary.
 const BINARY_LINES: usize = 120;
