@@ -16,11 +16,14 @@ demo: target/venv ## a small web application with a list that is live in every t
 
 test: tools target/venv target/tools/bin/geckodriver ## every test
 	cargo test --no-fail-fast
+	cargo test --no-fail-fast --features redis --test redis --test library --test protocol
+	cargo build
 	target/venv/bin/python -m pytest tests/python -q
 
 lint: ## formatting and clippy
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets --features redis -- -D warnings
 
 soak: ## ten minutes of subscribers coming and going, every stream checked
 	SSE_SOAK_SECONDS=600 cargo test --release --test soak -- --nocapture

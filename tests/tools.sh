@@ -2,7 +2,7 @@
 # The Debian packages that tests and benchmarks use: installed where this runs as root on Debian,
 # asked for by name elsewhere. A test that misses one says so, and in CI fails.
 packages="curl openssl nginx libnginx-mod-nchan libsodium23 chromium chromium-driver firefox-esr
-  iproute2 iptables util-linux podman cloc nodejs npm"
+  iproute2 iptables util-linux podman cloc nodejs npm redis-server"
 missing=""
 for package in $packages; do
     case $package in
