@@ -16,6 +16,8 @@ demo: target/venv ## a small web application with a list that is live in every t
 
 test: tools target/venv target/tools/bin/geckodriver ## every test
 	cargo test --no-fail-fast
+	cargo test --no-fail-fast --features redis --test redis --test library --test protocol
+	cargo build
 	target/venv/bin/python -m pytest tests/python -q
 
 lint: ## formatting, clippy with and without features, and that it builds for macOS

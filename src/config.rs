@@ -61,7 +61,13 @@ pub struct Config {
     pub allow_origin: String,
     /// A second address that serves `GET /metrics` and nothing else. Default none.
     pub metrics_listen: Option<SocketAddr>,
+    /// The Redis that makes several instances one server. Default none. Needs the feature `redis`.
+    pub redis: Option<RedisUrl>,
 }
+
+/// `redis://[user:password@]host:port[/db]`. Has no way to be printed: it may hold a password.
+#[derive(Clone)]
+pub struct RedisUrl(pub String);
 
 type Vars = BTreeMap<String, String>;
 
@@ -99,15 +105,12 @@ impl Config {
             write_timeout: 10,
             allow_origin: vars.remove("SSE_ALLOW_ORIGIN").unwrap_or("*".into()),
             metrics_listen: take_address(&mut vars, "SSE_METRICS_LISTEN")?,
+            redis: vars.remove("SSE_REDIS").map(RedisUrl),
         };
         for (name, number, most) in config.numbers() {
             if let Some(text) = vars.remove(name) {
                 *number = text.parse().map_err(|_| wrong_number(name, &text, most))?;
             }
-        }
-        if vars.contains_key("SSE_REDIS") {
-            let problem = "SSE_REDIS needs a binary with the feature redis, which this is not";
-            return Err(invalid(problem.into()));
         }
         for name in vars.keys() {
             log::warn!("warning: a variable is no setting of this server: name={name}");
@@ -139,6 +142,10 @@ impl Config {
             if !(1..=most).contains(number) {
                 return Err(wrong_number(name, number, most));
             }
+        }
+        if self.redis.is_some() && cfg!(not(feature = "redis")) {
+            let problem = "SSE_REDIS needs a binary with the feature redis, which this is not";
+            return Err(invalid(problem.into()));
         }
         // These two go into the heads of answers: a line end in one would forge fields.
         let mut origins = self.allow_origin.split(',').map(str::trim);
@@ -239,6 +246,12 @@ impl Key {
 impl fmt::Debug for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Key(hidden)")
+    }
+}
+
+impl fmt::Debug for RedisUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RedisUrl(hidden)")
     }
 }
 

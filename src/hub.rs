@@ -32,10 +32,21 @@ pub struct Receipt {
     pub deliveries: usize,
 }
 
+/// What carries submissions between several instances: see `relay`.
+pub trait Relay: Send + Sync {
+    /// In place of [`Hub::publish`], to all instances. Without a token one is made of the events.
+    fn submit(&self, hub: &Hub, token: Option<&str>, events: &[Event]) -> Result<Receipt, Refusal>;
+    /// As [`Hub::subscribe`], behind what came after this id.
+    fn subscribe(&self, hub: &Hub, topics: Topics, stream: Stream, last_event_id: &str);
+    /// Publishes what all instances submit, until the server ends.
+    fn run(&self, hub: &Hub);
+}
+
 /// Locks, in the order in which they may be taken: `gate`, `map` or `circle`, a stream's; `stalled`
 /// and the queues' own are held for a step. What takes longest under `map`: to queue 64 events to
 /// 10,000 subscribers, about 50 ms, and where sockets are full, a write of 2 µs for each.
 pub struct Hub {
+    pub relay: Option<Box<dyn Relay>>,
     pub metrics: Metrics,
     pub config: Config,
     /// Subscribers at once.
@@ -70,6 +81,7 @@ impl Hub {
     pub fn new(config: Config, capacity: usize) -> Self {
         let (sender, receiver) = unbounded();
         Self {
+            relay: None,
             metrics: Metrics::default(),
             config,
             capacity,
@@ -118,6 +130,14 @@ impl Hub {
         self.metrics.opened(new.id, new.topics.len());
         self.circle.lock().push_back(Arc::downgrade(&new));
         self.schedule(&new);
+    }
+
+    /// Publishes, here or on all instances. Blocks where those do.
+    pub fn submit(&self, token: Option<&str>, events: &[Event]) -> Result<Receipt, Refusal> {
+        match &self.relay {
+            Some(relay) => relay.submit(self, token, events),
+            None => self.publish(events),
+        }
     }
 
     /// Queues the events to every subscriber of their topics, in order and with no other
@@ -176,7 +196,7 @@ impl Hub {
                     deliveries += 1;
                     bytes += frame.bytes(false).len();
                 } else {
-                    subscriber.give_up();
+                    subscriber.give_up(Reason::QueueFull);
                 }
                 if own.len() >= MAX_OWN {
                     self.schedule(subscriber);
@@ -246,6 +266,15 @@ impl Hub {
         }
         drop(map);
         self.metrics.ended(subscriber.id, reason);
+    }
+
+    /// Ends all streams at once.
+    #[cfg(feature = "redis")]
+    pub fn cut_all(&self, reason: Reason) {
+        for subscriber in self.map.lock().all.values() {
+            subscriber.give_up(reason);
+            self.schedule(subscriber);
+        }
     }
 
     /// Takes no more events. Every stream writes what is queued for it and a farewell, and ends.

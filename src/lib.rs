@@ -57,9 +57,12 @@ mod writer;
 
 mod http;
 
+#[cfg(feature = "redis")]
+mod relay;
+
 mod routes;
 
 mod server;
 
-pub use config::{Config, Key};
+pub use config::{Config, Key, RedisUrl};
 pub use {error::Refusal, event::Event, hub::Receipt, server::Server};

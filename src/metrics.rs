@@ -25,16 +25,20 @@ pub enum Reason {
     Shutdown,
     /// A fault of the server.
     Fault,
+    /// It may have missed an event that other instances have sent.
+    #[cfg_attr(not(feature = "redis"), expect(dead_code))]
+    Gap,
 }
 
 /// In the order of [`Reason`].
-const REASONS: [&str; 6] = [
+const REASONS: [&str; 7] = [
     "left",
     "queue_full",
     "write_timeout",
     "expired",
     "shutdown",
     "fault",
+    "gap",
 ];
 
 /// What is counted. Counting takes no lock.
@@ -51,6 +55,10 @@ pub struct Metrics {
     /// Connections closed to make room for another.
     pub evicted: Counter,
     pub accept_failures: Counter,
+    /// Times that Redis was not to be reached, or refused to be read.
+    pub redis_failures: Counter,
+    /// Entries in Redis that were made without the secret.
+    pub forged: Counter,
 }
 
 /// A number that grows. Its atomics are relaxed: nothing else is read in the belief that this was
@@ -127,6 +135,8 @@ impl Metrics {
             answers = by_label("sse_answers_total{status", &STATUSES, &self.answered),
             evicted = self.evicted.count(),
             accept_failures = self.accept_failures.count(),
+            redis_failures = self.redis_failures.count(),
+            forged = self.forged.count(),
         )
     }
 }

@@ -165,12 +165,24 @@ fn submit(hub: &Hub, request: &Request) -> Result<Answer, Refusal> {
     let body = request.body.as_deref().unwrap_or_default().trim_ascii();
     let token = str::from_utf8(body).unwrap_or("?");
     let events = config.key.open_submission(token, config.submit_ttl)?;
-    let receipt = hub.publish(&events)?;
+    let receipt = hub.submit(Some(token), &events)?;
     let (events, deliveries) = (receipt.events, receipt.deliveries);
-    let text = format!("{{\"events\": {events}, \"deliveries\": {deliveries}}}\n");
+    let text = match &hub.relay {
+        // Who hears it elsewhere is not known here.
+        Some(_) => format!("{{\"events\": {events}}}\n"),
+        None => format!("{{\"events\": {events}, \"deliveries\": {deliveries}}}\n"),
+    };
     let mut answer = answer(200, JSON, text);
     answer.authentic = true;
     Ok(answer)
+}
+
+/// What a client heard last: as browsers say it by themselves, or in the query; or nothing.
+pub fn last_event_id(request: &Request) -> &str {
+    let mut parameters = request.query.split('&');
+    let asked = parameters.find_map(|it| it.strip_prefix("last_event_id="));
+    let field = request.values("Last-Event-ID").next();
+    field.or(asked).unwrap_or_default()
 }
 
 /// What a browser asks before a page may send fields of its own: those that it names are allowed,

@@ -10,7 +10,7 @@ use rlimit::Resource;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::http::{Connection, Waiting};
-use crate::routes::{Door, reply};
+use crate::routes::{Door, last_event_id, reply};
 use crate::{config::Config, error::Refusal, event::Event, hub::Hub, hub::Receipt};
 use crate::{subscriber::Lane, subscriber::Stream, token::Subscription, writer};
 
@@ -77,12 +77,15 @@ impl Server {
         let streams = descriptors - (descriptors / 4).min(MAX_THREADS as u64 + 64);
         let capacity = streams.min(config.max_subscribers) as usize;
         let ((sender, receiver), metrics) = (bounded(0), config.metrics_listen);
+        let hub = Hub::new(config, capacity);
+        #[cfg(feature = "redis")]
+        let hub = crate::relay::connect(hub)?;
         Ok(Arc::new(Self {
-            listener: listen(config.listen, "SSE_LISTEN")?,
+            listener: listen(hub.config.listen, "SSE_LISTEN")?,
             metrics_listener: metrics
                 .map(|at| listen(at, "SSE_METRICS_LISTEN"))
                 .transpose()?,
-            hub: Hub::new(config, capacity),
+            hub,
             waiting: Waiting::default(),
             pool: Lane { sender, receiver },
             threads: Arc::new(()),
@@ -132,7 +135,7 @@ impl Server {
     /// # Errors
     /// For more events than [`Config::queue`], and where the server is about to end.
     pub fn publish(&self, events: &[Event]) -> Result<Receipt, Refusal> {
-        self.hub.publish(events)
+        self.hub.submit(None, events)
     }
 
     /// Serves until [`Server::shutdown`], then lets every stream send what is queued for it, for
@@ -142,7 +145,7 @@ impl Server {
     /// # Errors
     /// Where the system has too few threads left. Then nothing is served.
     pub fn run(self: &Arc<Self>) -> io::Result<()> {
-        let threads: [fn(&Arc<Self>); 5] = [
+        let threads: [fn(&Arc<Self>); 6] = [
             // Two, as the smallest machines have cores. More gain little, since they meet at the
             // hub's lock and in the kernel.
             |server| writer::run(&server.hub),
@@ -154,6 +157,7 @@ impl Server {
                     server.work();
                 }
             },
+            |server| server.hub.relay.iter().for_each(|it| it.run(&server.hub)),
             |server| server.accept(server.metrics_listener.as_ref(), Door::Metrics),
         ];
         let started = threads.into_iter().try_for_each(|work| self.spawn(work));
@@ -270,14 +274,20 @@ impl Server {
     /// Answers the requests of a connection until it ends or becomes a stream.
     fn serve(&self, mut connection: Connection, door: Door) -> Option<()> {
         loop {
-            let request = connection.receive();
-            let mut answer = reply(&self.hub, door, &request)?;
-            if let Some(Subscription { topics, ends }) = answer.stream.take() {
+            let received = connection.receive();
+            let mut answer = reply(&self.hub, door, &received)?;
+            if let (Some(opened), Ok(request)) = (answer.stream.take(), received) {
+                let Subscription { topics, ends } = opened;
                 let (socket, config) = (connection.into_stream().ok()?, &self.hub.config);
                 end_if_vanished(&socket, Duration::from_secs(config.write_timeout));
-                let (head, chunked) = (answer.head(true), request.is_ok_and(|it| it.modern));
+                let (head, chunked) = (answer.head(true), request.modern);
                 let stream = Stream::new(Box::new(socket), head, chunked, config.retry, ends);
-                self.hub.subscribe(topics, stream);
+                match &self.hub.relay {
+                    Some(relay) => {
+                        relay.subscribe(&self.hub, topics, stream, last_event_id(&request));
+                    }
+                    None => self.hub.subscribe(topics, stream),
+                }
                 return None;
             }
             let crowded = Arc::strong_count(&self.busy) > CROWD;

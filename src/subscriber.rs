@@ -134,8 +134,8 @@ impl Subscriber {
     }
 
     /// Has missed an event: ends, where it has not ended for another reason.
-    pub fn give_up(&self) {
-        self.stream.lock().over.get_or_insert(Reason::QueueFull);
+    pub fn give_up(&self, reason: Reason) {
+        self.stream.lock().over.get_or_insert(reason);
         self.behind.store(true, SeqCst);
     }
 }
@@ -203,7 +203,7 @@ impl Stream {
         self.push(&Frame::new(""));
     }
 
-    fn push(&mut self, frame: &Frame) {
+    pub fn push(&mut self, frame: &Frame) {
         if self.unsent.is_empty() {
             self.progress = Instant::now();
         }

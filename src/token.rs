@@ -95,7 +95,7 @@ impl Key {
         checked.map(|_| self.mint(&BTreeMap::from([("events", [event])])))
     }
 
-    fn mint(&self, payload: &impl Serialize) -> String {
+    pub(crate) fn mint(&self, payload: &impl Serialize) -> String {
         let payload = rmp_serde::to_vec(payload).expect("strings and lists always encode");
         let mut branca = Branca::new(&self.keys[0]).expect("the key has 32 bytes");
         branca.encode(&payload).expect("far below 256 GiB")
@@ -120,10 +120,15 @@ impl Key {
         Ok(Subscription { topics, ends })
     }
 
-    /// The events of a submission of at most `ttl` seconds, all of them checked.
-    pub(crate) fn open_submission(&self, token: &str, ttl: u64) -> Opened<Vec<Event>> {
+    /// The events of a submission of at most `ttl` seconds, all of them checked. Without one it may
+    /// be of any date: another instance has looked at that.
+    pub(crate) fn open_submission(
+        &self,
+        token: &str,
+        ttl: impl Into<Option<u64>>,
+    ) -> Opened<Vec<Event>> {
         let token = self.open(token)?;
-        token.left(ttl)?;
+        ttl.into().map_or(Ok(0), |ttl| token.left(ttl))?;
         let events = list(&token.payload, "events")?.into_iter();
         events.map(Value::event).collect()
     }

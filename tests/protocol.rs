@@ -2623,7 +2623,7 @@ fn a_client_that_only_stopped_sending_keeps_its_stream() {
 
 // --------------------------------------------------------------------------------------- metrics
 
-const FAMILIES: [(&str, &str); 13] = [
+const FAMILIES: [(&str, &str); 15] = [
     ("sse_build_info", "gauge"),
     ("sse_subscribers", "gauge"),
     ("sse_capacity", "gauge"),
@@ -2637,15 +2637,18 @@ const FAMILIES: [(&str, &str); 13] = [
     ("sse_answers_total", "counter"),
     ("sse_connections_evicted_total", "counter"),
     ("sse_accept_failures_total", "counter"),
+    ("sse_redis_failures_total", "counter"),
+    ("sse_forged_entries_total", "counter"),
 ];
 
-const REASONS: [&str; 6] = [
+const REASONS: [&str; 7] = [
     "left",
     "queue_full",
     "write_timeout",
     "shutdown",
     "expired",
     "fault",
+    "gap",
 ];
 
 const STATUSES: [u16; 13] = [

@@ -187,6 +187,7 @@ fn a_url_that_is_none_ends_the_start_with_status_2() {
 }
 
 /// A binary that cannot do it would be an instance that hears a part of the events.
+#[cfg(not(feature = "redis"))]
 #[test]
 fn a_feature_that_the_binary_lacks_ends_the_start_with_status_2() {
     let settings = [

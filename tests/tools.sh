@@ -2,7 +2,7 @@
 # The Debian packages that tests and benchmarks use: installed where this runs as root on Debian,
 # asked for by name elsewhere. A test that misses one says so, and in CI fails.
 packages="curl openssl nginx libnginx-mod-nchan libsodium23 chromium chromium-driver firefox-esr
-  haproxy caddy systemd iproute2 iptables util-linux podman cloc nodejs npm
+  haproxy caddy systemd iproute2 iptables util-linux podman cloc nodejs npm redis-server
   php-cli php-curl php-gmp php-msgpack ruby ruby-msgpack ruby-rbnacl
   golang-go golang-golang-x-crypto-dev golang-github-vmihailenco-msgpack.v5-dev"
 missing=""

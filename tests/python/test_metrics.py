@@ -25,8 +25,10 @@ KINDS = {
     "sse_answers": "counter",
     "sse_connections_evicted": "counter",
     "sse_accept_failures": "counter",
+    "sse_redis_failures": "counter",
+    "sse_forged_entries": "counter",
 }
-REASONS = ["left", "queue_full", "write_timeout", "shutdown", "expired", "fault"]
+REASONS = ["left", "queue_full", "write_timeout", "shutdown", "expired", "fault", "gap"]
 STATUSES = [200, 204, 307, 400, 401, 404, 405, 408, 411, 413, 414, 431, 503, 505]
 ended = "sse_streams_ended_total{{reason={}}}".format
 answers = "sse_answers_total{{status={}}}".format
