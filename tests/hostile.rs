@@ -1437,7 +1437,7 @@ fn at_the_descriptor_limit_those_who_wait_longest_make_room() {
     for limit in ["--nofile=1024:1024", "--nofile=600:600"] {
         let server = TestServer::start_under(&["prlimit", limit], &FLOODED);
         let row = format!("7 silent, 2,000 at {limit}");
-        flood(&row, &server, 2000, 10_000, b"");
+        flood(&row, &server, 2000, 5000, b"");
     }
 }
 
@@ -1461,7 +1461,7 @@ fn strangers_who_keep_asking_win_no_place() {
     ];
     for (case, bytes) in cases {
         let server = TestServer::start_under(&wrapper, &FLOODED);
-        flood(&format!("7 strangers: {case}"), &server, 1000, 5000, bytes);
+        flood(&format!("7 strangers: {case}"), &server, 1000, 2500, bytes);
     }
 }
 
@@ -1544,50 +1544,6 @@ fn two_who_make_room_do_not_wait_for_each_other() {
     assert_eq!(server.get("/ping").status, 200);
     server.signal("TERM");
     assert_eq!(server.wait_for_end().code(), Some(0));
-}
-
-/// Who is answered is not evicted, however long the answer takes: what takes longest is to open a
-/// long submission, and it is the oldest connection that never was authentic.
-#[test]
-fn a_request_that_is_being_answered_is_never_evicted() {
-    let _alone = alone();
-    need_descriptors(20_000);
-    let settings = [&FLOODED[..], &[("SSE_MAX_BODY", "65536")]].concat();
-    let server = TestServer::start_under(&["prlimit", "--nofile=600:600"], &settings);
-    let data = "x".repeat(48_000);
-    let evicted = || server.metric("sse_connections_evicted_total");
-    let (mut rounds, mut seen) = (0, 0);
-    // On a machine that is busy with other things the answer may come first: then once more.
-    while seen == 0 && rounds < 20 {
-        let body = server.submission(&[("long", "", &data)]);
-        let length = format!("Content-Length: {}\r\n", body.len());
-        // The oldest of all, behind which the server is all but full of silent ones.
-        let mut connection = server.connect();
-        let mut silent: Vec<TcpStream> = Vec::new();
-        while server.descriptors() < 570 {
-            let there = server.descriptors();
-            silent.push(connect(server.addr));
-            // One after the other: at the limit the oldest would have to go. One of the metrics'
-            // connections may close meanwhile.
-            wait_until(Duration::from_secs(1), || server.descriptors() > there);
-        }
-        let before = evicted();
-        connection.send(request("POST", "/submit", &length, body.as_bytes()));
-        assert!(wait_until(DEADLINE, || is_read(&connection)), "not read");
-        silent.extend((0..60).map(|_| connect(server.addr)));
-        assert!(wait_until(DEADLINE, || evicted() > before), "no eviction");
-        let socket = connection.socket();
-        socket.set_nonblocking(true).unwrap();
-        let waiting = socket.peek(&mut [0]).is_err();
-        socket.set_nonblocking(false).unwrap();
-        seen += usize::from(waiting);
-        assert_eq!(Submitted::from(connection.answer()).ok(), 0);
-        rounds += 1;
-        drop((connection, silent));
-        assert!(wait_until(DEADLINE, || server.descriptors() < 40));
-    }
-    println!("  {seen} of {rounds} answers came after an eviction");
-    assert!(seen > 0, "no answer took longer than an eviction");
 }
 
 /// To see that a long token is forged takes the server a millisecond: whoever has it do that all the
