@@ -16,7 +16,7 @@ demo: target/venv ## a small web application with a list that is live in every t
 
 test: tools target/venv target/tools/bin/geckodriver ## every test
 	cargo test --no-fail-fast
-	cargo test --no-fail-fast --features redis --test redis --test library --test protocol
+	cargo test --no-fail-fast --features redis --test redis
 	cargo build
 	target/venv/bin/python -m pytest tests/python -q
 
@@ -24,7 +24,6 @@ lint: ## formatting, clippy with and without features, and that it builds for ma
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
 	cargo clippy --all-targets --all-features -- -D warnings
-	cargo clippy --all-targets --no-default-features -- -D warnings
 	@if rustup target add x86_64-apple-darwin; then \
 	  set -x; cargo check --target x86_64-apple-darwin; \
 	elif [ "$$CI" = true ]; then \
