@@ -16,9 +16,9 @@ pub struct Key {
 /// numbers may be zero; none means unlimited. Printed for debugging it hides the secret.
 ///
 /// They bound the memory: for each stream `queue` events (shared by all who hear them), an event
-/// and 16 KiB that are being written, and 3 KiB; for each of at most 4,096 other connections
-/// `max_body` and what comes of it, three times as much, and 40 KiB. What the kernel holds for
-/// sockets is its own setting: 4 MiB for one that does not read.
+/// and 16 KiB that are being written, and some KiB; for each of at most 4,096 other connections
+/// `max_body`, a few times as much while that is opened, a head of 8 KiB and a thread's stack. What
+/// the kernel holds for sockets is its own setting: 4 MiB for one that does not read.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// The secret shared with the backends.

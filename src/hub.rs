@@ -42,9 +42,10 @@ pub trait Relay: Send + Sync {
     fn run(&self, hub: &Hub);
 }
 
-/// Locks, in the order in which they may be taken: `gate`, `map` or `circle`, a stream's; `stalled`
-/// and the queues' own are held for a step. What takes longest under `map`: to queue 64 events to
-/// 10,000 subscribers, about 50 ms, and where sockets are full, a write of 2 µs for each.
+/// Locks, in the order in which they may be taken: `gate`, then `map` or `circle`, then a stream's;
+/// `stalled` and the queues' own are held for a step. What takes longest under `map` is to queue a
+/// submission of `SSE_QUEUE` events to every subscriber, with a write that does not wait to each
+/// whose queue is full.
 pub struct Hub {
     pub relay: Option<Box<dyn Relay>>,
     pub metrics: Metrics,

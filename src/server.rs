@@ -196,7 +196,7 @@ impl Server {
         }
     }
 
-    /// Starts a thread. What may panic in one has its own guard: a turn in [`Subscriber::turn`]; in
+    /// Starts a thread. What may panic in one has its own guard: a turn in `Subscriber::turn`; in
     /// a thread of the pool a panic ends its connection, and other threads come. No lock is
     /// poisoned: what is held under one is left whole between any two steps that may panic.
     fn spawn(self: &Arc<Self>, work: fn(&Arc<Self>)) -> io::Result<()> {
