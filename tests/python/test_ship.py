@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import struct
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import requests
+import yaml
 from branca import Branca
 from conftest import DEADLINE, ROOT, TARGET, Process, Reader, SseServer, free_port, missing
 from conftest import subscribe, tool, until
@@ -73,6 +75,10 @@ class Contained(SseServer):
         self.listen = image.env["SSE_LISTEN"].replace("8000", str(self.port))
         self.env = image.env | {"SSE_SECRET": self.secret, "SSE_LISTEN": self.listen}
         self.env |= {f"SSE_{name.upper()}": str(value) for name, value in settings.items()}
+        if "secret_file" in settings:
+            file = image.tree / settings["secret_file"].lstrip("/")
+            file.parent.mkdir(parents=True)
+            file.write_text(self.env.pop("SSE_SECRET"))
         command = image.inside(*image.config["Entrypoint"])
         Process.__init__(self, [tool("unshare"), "--pid", "--fork", *command], self.env)
         self.find(re.escape(f"listening on {self.listen},"))
@@ -117,6 +123,44 @@ def test_the_binary_is_static_and_stripped():
     segments = [struct.unpack_from("<I", binary, at + size * i)[0] for i in range(count)]
     assert 1 in segments and 3 not in segments
     assert b".symtab\0" not in binary and b".debug_info\0" not in binary
+
+
+# It runs for tags only: nobody sees before a release what is wrong with it.
+def test_the_release_workflow_is_well_formed_and_calls_what_make_has(node):
+    workflow, makefile = ROOT / ".github/workflows/release.yml", (ROOT / "Makefile").read_text()
+
+    def findings(path):
+        linter = node("workflow.mjs", path)
+        linter.find(re.escape(f"read: {path}"))
+        return [line for line in linter.lines if line.startswith("finding: ")]
+
+    assert findings(workflow) == []
+    called = set(re.findall(r"run: make (\w+)", workflow.read_text()))
+    assert called == {"static", "image"}
+    assert all(f"\n{target}:" in makefile for target in called)
+    # The linter is awake.
+    broken = TARGET / "tmp" / "broken.yml"
+    broken.parent.mkdir(exist_ok=True)
+    broken.write_text(workflow.read_text().replace("github.token", "github.tolken"))
+    assert len(findings(broken)) == 2
+    broken.unlink()
+
+
+# What is copied from the README has to start: the image's settings are those of the compose file.
+def test_the_compose_file_of_the_readme_starts_the_image(contained, image):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    compose = yaml.safe_load(text)
+    (service,) = compose["services"].values()
+    assert service["image"] == "sse-server" and service["ports"] == ["127.0.0.1:8000:8000"]
+    (secret,) = service["secrets"]
+    assert compose["secrets"].keys() == {secret}
+    assert service["environment"] == {"SSE_SECRET_FILE": f"/run/secrets/{secret}"}
+    server = contained(secret_file=service["environment"]["SSE_SECRET_FILE"])
+    # As an engine mounts it, which is gone with the container.
+    shutil.rmtree(image.tree / "run")
+    stream = subscribe(f"{server.url}/events?token={server.token('news')}")
+    assert server.publish("news", "", "composed") == 1
+    assert stream.event() == ("message", "composed")
 
 
 # Whatever else were in it would have to be kept up to date.
