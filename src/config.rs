@@ -15,10 +15,15 @@ pub struct Key {
 /// The settings of one server, which [`Server::bind`](crate::Server::bind) checks. None of the
 /// numbers may be zero; none means unlimited. Printed for debugging it hides the secret.
 ///
-/// They bound the memory: for each stream `queue` events (shared by all who hear them), an event
-/// and 16 KiB that are being written, and some KiB; for each of at most 4,096 other connections
-/// `max_body`, a few times as much while that is opened, a head of 8 KiB and a thread's stack. What
-/// the kernel holds for sockets is its own setting: 4 MiB for one that does not read.
+/// They bound the memory, as a sum: for each stream its topics, 24 bytes for each place in its
+/// queue, `queue` events (shared by all who hear them), an event and 16 KiB that are being written,
+/// and with Redis 1 MiB that it missed; for each of at most 4,096 other connections a head of 8
+/// KiB, 4 KiB read ahead, `max_body` (and where it has the secret tens of times as much while that
+/// is read) and a thread's stack. What the kernel holds for sockets is its own setting: 4 MiB for
+/// one that does not read. Events of the embedding program are as long as it makes them.
+///
+/// What no check sees: who reaches the two addresses, that there is TLS in front, how the secret
+/// was made, and whether a long lifetime is meant.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// The secret shared with the backends.

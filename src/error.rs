@@ -8,7 +8,8 @@ use std::{error, fmt};
 pub struct Refusal {
     /// The status of the answer, 400 to 505.
     pub status: u16,
-    /// One line. For 405, the methods that the path takes.
+    /// One line, for the sender and for the log: it quotes nothing that came. For 405, the methods
+    /// that the path takes.
     pub text: String,
     /// A token was authentic, and is too old.
     pub(crate) expired: bool,

@@ -1,4 +1,5 @@
-//! What is published: a topic and one SSE frame. The only place that knows the syntax of a stream.
+//! What is published: a topic and one SSE frame. But for the ids of `relay`, the only place that
+//! knows the syntax of a stream.
 
 use std::hash::{BuildHasher, RandomState};
 use std::{collections::BTreeSet, sync::Arc};

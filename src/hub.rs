@@ -1,4 +1,4 @@
-//! The topic map and its one lock; membership; publish. Knows neither HTTP nor tokens: whoever
+//! The topic map and its one lock; membership; publish. Opens no token and reads no HTTP: whoever
 //! holds a [`Hub`] may send to every topic; over HTTP only an opened token leads here.
 
 use std::collections::{HashMap, VecDeque};
@@ -42,10 +42,12 @@ pub trait Relay: Send + Sync {
     fn run(&self, hub: &Hub);
 }
 
-/// Locks, in the order in which they may be taken: `gate`, then `map` or `circle`, then a stream's;
-/// `stalled` and the queues' own are held for a step. What takes longest under `map` is to queue a
-/// submission of `SSE_QUEUE` events to every subscriber, with a write that does not wait to each
-/// whose queue is full.
+/// Locks, in the order in which they may be taken: `gate`, then `map` or `circle`, then a stream's.
+/// (With Redis `relay` takes its own before.) `stalled`, those of the connections and of idle ones
+/// to Redis, and the queues' own are held for a step. What takes longest under `map` is to look at
+/// every subscriber of a submission of `SSE_QUEUE` events, and then to queue those, with a write
+/// that does not wait to each whose queue is full. Under `gate`, beside that, the turns by which a
+/// publisher makes room for one submission.
 pub struct Hub {
     pub relay: Option<Box<dyn Relay>>,
     pub metrics: Metrics,

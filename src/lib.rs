@@ -1,15 +1,17 @@
 //! A push server for Server-Sent Events that its users can read.
 //!
-//! The modules below stand in the order in which they build on each other: each knows only those
-//! in front of it. A publish goes the other way: `server` accepts a connection and gives it a
-//! thread of its pool; `http` reads a request within limits; `routes` decides; `token` opens what
-//! came and makes checked types of it, `event` among them, framed once; `hub` finds the subscribers
-//! and fills their queues, under its one lock; `writer` threads go from `subscriber` to subscriber
-//! and write what waits. `error`, `config` and `metrics` are the ground.
+//! The modules below stand in the order in which they build on each other: each knows only those in
+//! front of it. A publish goes the other way: `server` accepts a connection and gives it a thread
+//! of its pool; `http` reads a request within limits; `routes` decides; `token` opens what came and
+//! makes checked types of it, `event` among them, framed once; `hub` finds the subscribers and
+//! fills their queues, under the lock of its map; `writer` threads go from `subscriber` to
+//! subscriber and write what waits. `error`, `config` and `metrics` are the ground.
 //!
-//! Who waits for whom: a thread of the pool for its own client, within limits, and until that one
-//! is closed to make room; a publisher for the hub's lock, and in a burst for the kernel to take
-//! what it writes; a writer for a stream that is due; nobody for a client that does not read.
+//! Who waits for whom: a thread of the pool for its own client, `SSE_READ_TIMEOUT` for each of
+//! first byte, head, body and answer, or until that one is closed to make room, for which whoever
+//! accepts waits; a publisher for the hub's lock, in a burst for the kernel to take what it writes,
+//! and with Redis for that, two seconds at most; a writer for a stream that is due; nobody for a
+//! client that does not read.
 //!
 //! ```
 //! use sse_server::{Config, Event, Key, Server};

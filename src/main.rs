@@ -85,10 +85,10 @@ fn serve() -> Outcome {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
     let stopping = server.clone();
     thread::Builder::new().spawn(move || {
-        let _first = signals.wait();
+        _ = signals.forever().next();
         stopping.shutdown();
         // Whoever asks twice does not want to wait for the subscribers.
-        let _second = signals.wait();
+        _ = signals.forever().next();
         process::exit(1);
     })?;
     log::info!("{VERSION}: {}", server.describe()?);

@@ -9,7 +9,8 @@ const STATUSES: [u16; 14] = [
     200, 204, 307, 400, 401, 404, 405, 408, 411, 413, 414, 431, 503, 505,
 ];
 
-/// Why a stream ended.
+/// Why a stream ended. With [`Reason::Expired`] and [`Reason::Shutdown`] its client sees a delay
+/// and the last chunk, and with all others a break.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
     /// The client closed its connection, or the network did.
@@ -19,7 +20,7 @@ pub enum Reason {
     /// Its socket took nothing for `SSE_WRITE_TIMEOUT`, or not enough in the last 5 seconds of a
     /// server.
     WriteTimeout,
-    /// Its token did, and it was told so.
+    /// Its token did. It was told so, unless its socket was full just then.
     Expired,
     /// The server ended, and told it so.
     Shutdown,
@@ -55,9 +56,9 @@ pub struct Metrics {
     /// Connections closed to make room for another.
     pub evicted: Counter,
     pub accept_failures: Counter,
-    /// Times that Redis was not to be reached, or refused to be read.
+    /// Times that the reader did not reach Redis, or was refused.
     pub redis_failures: Counter,
-    /// Entries in Redis that were made without the secret.
+    /// Entries in Redis that are no submission under the secret.
     pub forged: Counter,
 }
 
@@ -82,7 +83,7 @@ impl Counter {
     }
 
     /// Counts one, and logs a line unless there was one in this second: strangers can cause lines,
-    /// and must not fill a disk.
+    /// of which a disk is to take a few a second at most. (At debug level each stream adds two.)
     pub fn warn(&self, line: impl Display) {
         self.add(1);
         let second = UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();

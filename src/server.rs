@@ -2,7 +2,8 @@
 //! the pool.
 
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, atomic::Ordering::SeqCst};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Weak, atomic::Ordering::SeqCst};
 use std::{io, io::ErrorKind, thread, time::Duration, time::Instant};
 
 use crossbeam_channel::bounded;
@@ -43,6 +44,10 @@ const STACK: usize = 512 * 1024;
 /// How long an ending server waits for its subscribers to take what is queued.
 const DRAIN: Duration = Duration::from_secs(5);
 
+/// No descriptor left in the system, or in the process: the same numbers on Linux and macOS.
+const ENFILE: i32 = 23;
+const EMFILE: i32 = 24;
+
 /// Descriptors below which nothing is served: what a process needs, and some connections.
 const MIN_DESCRIPTORS: u64 = 32;
 
@@ -56,7 +61,8 @@ pub struct Server {
     pool: Lane<Option<(TcpStream, Door)>>,
     /// Each thread that this server has started holds a clone until it ends, or panics.
     threads: Arc<()>,
-    /// Each of the pool that has a connection holds a clone.
+    /// Each of the pool that has a connection holds a clone. Both counts are read relaxed: a moment
+    /// too late costs a thread more, or a connection that is kept, or a look at the end.
     busy: Arc<()>,
 }
 
@@ -138,9 +144,10 @@ impl Server {
         self.hub.submit(None, events)
     }
 
-    /// Serves until [`Server::shutdown`], then lets every stream send what is queued for it, for
-    /// at most 5 seconds, and cuts those that have not taken it. Blocks all that time: give it a
-    /// thread of its own. The threads it started have ended when it returns.
+    /// Serves until [`Server::shutdown`], or until a thread of its own panics. Then lets every
+    /// stream send what is queued for it, for at most 5 seconds, and cuts those that have not taken
+    /// it. Blocks all that time: give it a thread of its own. The threads it started have ended
+    /// when it returns.
     ///
     /// # Errors
     /// Where the system has too few threads left. Then nothing is served.
@@ -170,12 +177,13 @@ impl Server {
             thread::sleep(Duration::from_millis(2));
         }
         self.hub.end();
-        // Whoever still waits for a connection, or for a client: to send, and in the end to take an
-        // answer, which may be that a submission was accepted.
+        // Whoever still waits for a connection, or for a client: to send, which ends now, and until
+        // the deadline to take an answer, which may be that a submission was accepted. Besides
+        // those only requests to Redis are waited for, which take two seconds at most.
         while Arc::strong_count(&self.threads) > 1 {
             let late = Instant::now() > deadline;
             let how = if late { Shutdown::Both } else { Shutdown::Read };
-            for socket in self.waiting.lock().values() {
+            for socket in self.waiting.lock().values().filter_map(Weak::upgrade) {
                 _ = socket.shutdown(how);
             }
             _ = self.pool.sender.send_timeout(None, MOMENT);
@@ -196,15 +204,18 @@ impl Server {
         }
     }
 
-    /// Starts a thread. What may panic in one has its own guard: a turn in `Subscriber::turn`; in
-    /// a thread of the pool a panic ends its connection, and other threads come. No lock is
-    /// poisoned: what is held under one is left whole between any two steps that may panic.
+    /// Starts a thread. A panic ends a stream (see `Subscriber::turn`), or a connection (see
+    /// [`Server::work`]), and nothing else. Anywhere else, where a thread would be missing from
+    /// then on and nobody would notice, it ends the server, as [`Server::shutdown`] does. No lock
+    /// is poisoned: what is held under one is left whole between any two steps that may panic.
     fn spawn(self: &Arc<Self>, work: fn(&Arc<Self>)) -> io::Result<()> {
         let (server, running) = (self.clone(), self.threads.clone());
         let thread = thread::Builder::new().stack_size(STACK);
         let spawned = thread.spawn(move || {
             let _running = running;
-            work(&server);
+            if catch_unwind(AssertUnwindSafe(|| work(&server))).is_err() {
+                server.shutdown();
+            }
         });
         spawned.map(drop)
     }
@@ -217,11 +228,14 @@ impl Server {
                 Ok(socket) => self.hand_over(socket, door),
                 // It left before it was accepted.
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
-                // Out of descriptors, as a rule. Whoever connects waits in the kernel meanwhile.
+                // Whoever connects waits in the kernel meanwhile. Linux also says here what the
+                // network has reported of one that came, for which no other has to go.
                 Err(error) => {
                     let line = format_args!("cannot accept connections: {error}");
                     self.hub.metrics.accept_failures.warn(line);
-                    self.make_room();
+                    if matches!(error.raw_os_error(), Some(ENFILE | EMFILE)) {
+                        self.make_room();
+                    }
                     thread::sleep(MOMENT);
                 }
             }
@@ -248,7 +262,7 @@ impl Server {
     /// Closes the connection that comes first among those that wait.
     fn make_room(&self) {
         let first = self.waiting.lock().pop_first();
-        if let Some((_, socket)) = first {
+        if let Some(socket) = first.and_then(|(_, socket)| socket.upgrade()) {
             _ = socket.shutdown(Shutdown::Both);
             let line = "connection closed to make room for another";
             self.hub.metrics.evicted.warn(line);
@@ -267,7 +281,8 @@ impl Server {
             _ = socket.set_nodelay(true);
             let _busy = self.busy.clone();
             let connection = Connection::new(socket, &self.hub.config, &self.waiting);
-            self.serve(connection, door);
+            let serve = AssertUnwindSafe(|| self.serve(connection, door));
+            _ = catch_unwind(serve);
         }
     }
 

@@ -169,7 +169,7 @@ impl Key {
             return refuse("this is JSON: a Branca token is wanted, around MessagePack");
         }
         let Some(bytes) = decode_base62(token) else {
-            return refuse("no token: it has a character that is not of base62");
+            return refuse("no token: it is not base62, or begins with 0");
         };
         let [0xBA, a, b, c, d, ..] = bytes[..] else {
             return refuse("no Branca token: it begins otherwise");

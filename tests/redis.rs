@@ -1043,6 +1043,38 @@ fn forged_entries_are_ignored_counted_and_logged() {
     assert_eq!(data.as_deref(), Some("good.0.0/1"));
 }
 
+/// An entry's end stands in the ids of frames, whoever wrote it: here it would be an event, or a
+/// line of another kind. Instances that begin behind it take it as it is as well.
+#[test]
+fn an_entry_that_ends_with_lines_of_a_stream_forges_none() {
+    if !is_there() {
+        return;
+    }
+    let redis = Redis::start(&[]);
+    let server = redis.instance();
+    let (epoch, _) = redis.last();
+    for (count, lines) in [(1, "\ndata:hi\n\n"), (2, "\nretry:1\n"), (3, "a-b-c-d-e")] {
+        let value: String = lines.chars().rev().collect();
+        let next = format!("{epoch}-*");
+        let _: String = redis.ask(&["XADD", KEY, &next, "t", &value]);
+        server.wait_for_metric("sse_forged_entries_total", count);
+        let other = redis.instance();
+        let streams = [&server, &other].map(|it| Stream::open(it.addr, "t", "").unwrap());
+        // And both go on from there.
+        let (status, good) = (Some(200), format!("good{count}.0"));
+        assert_eq!(post(other.addr, &submission(&good, 1)).status, status);
+        for mut stream in streams {
+            let (id, name, data) = stream.block().unwrap();
+            assert_eq!(
+                (parse(&id).1, name.as_str(), data),
+                (2 * count - 1, "", None)
+            );
+            let (_, _, data) = stream.block().unwrap();
+            assert_eq!(data, Some(format!("{good}.0/1")));
+        }
+    }
+}
+
 /// The seal of the entry that an epoch begins with, as an id holds it, with the last index.
 fn seal(redis: &Redis, epoch: u64) -> String {
     let id = format!("{epoch}-0");

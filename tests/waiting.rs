@@ -89,7 +89,7 @@ fn a_request_that_is_being_answered_is_never_evicted() {
         // Closed as a server does to make room: it is let go of, and stands there no more.
         assert!(wait_until(DEADLINE, is_waiting));
         let (_, evicted) = waiting.lock().pop_first().unwrap();
-        evicted.shutdown(Shutdown::Both).unwrap();
+        evicted.upgrade().unwrap().shutdown(Shutdown::Both).unwrap();
         assert!(!came.recv().unwrap());
         assert!(waiting.lock().is_empty());
     });
@@ -122,6 +122,7 @@ fn strangers_make_room_before_publishers() {
         }
         for number in [1, 2, 0] {
             let (_, first) = waiting.lock().pop_first().unwrap();
+            let first = first.upgrade().unwrap();
             assert_eq!(first.peer_addr().unwrap(), order[number]);
             first.shutdown(Shutdown::Both).unwrap();
         }
