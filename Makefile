@@ -13,9 +13,9 @@ run: ## build and serve on 127.0.0.1:8000, or SSE_LISTEN; then prints how to try
 	cargo build --release
 	@exec python3 tests/demo/serve.py
 
-demo: target/venv ## a small web application with a list that is live in every tab
-	cargo build --release
-	target/venv/bin/python tests/demo/run.py
+demo: target/venv ## a small web application with a list that is live in every tab; INSTANCES=3
+	cargo build --release $(if $(INSTANCES),$(WITH_REDIS))
+	INSTANCES=$(INSTANCES) target/venv/bin/python tests/demo/run.py
 
 test: tools target/venv target/tools/bin/geckodriver ## every test
 	cargo test --no-fail-fast

@@ -1,13 +1,15 @@
 """Three instances over Redis, as browsers see them: a page that listens with a plain EventSource
 through nginx, and no other line of script, hears every event once and in order, whichever instance
-is restarted or dies."""
+is restarted or dies. And the demo with three."""
 
+import json
+import sys
 import threading
 from contextlib import suppress
 
 import pytest
 import requests
-from conftest import DEADLINE, TESTS, until
+from conftest import DEADLINE, TESTS, Process, redis_binary, subscribe, tool, until
 
 # Each instance in turn, in each of two browsers, on a busy machine.
 pytestmark = pytest.mark.timeout(300)
@@ -144,3 +146,34 @@ def test_a_page_misses_nothing_when_an_instance_dies(stage):
     stage.replace(1)
     notes = stage.finish()
     assert any(note["opened"] > 1 for note in notes)
+
+
+# `make demo INSTANCES=3`: whichever instance is given a submission, the streams of all hear it.
+def test_the_demo_with_three_instances_is_one_application(start, monkeypatch):
+    tool("redis-server")
+    monkeypatch.setenv("SSE_SERVER_BIN", str(redis_binary()))
+    monkeypatch.setenv("INSTANCES", "3")
+    monkeypatch.setenv("DEMO_PORT", "0")
+    monkeypatch.delenv("SSE_SECRET", raising=False)
+    demo = start(Process, [sys.executable, TESTS / "demo" / "run.py"])
+    url = demo.find(r"Open (http://\S+)/")[1]
+    led_to = {}
+
+    def everywhere():
+        answer = requests.get(f"{url}/events", allow_redirects=False, timeout=DEADLINE)
+        location = answer.headers["Location"]
+        led_to[location.split("/events")[0]] = location
+        return len(led_to) == 3
+
+    until(everywhere, "streams are opened at every instance")
+    streams = [subscribe(location) for location in led_to.values()]
+    for number in range(12):
+        item = {"text": str(number)}
+        requests.post(f"{url}/items", json=item, timeout=DEADLINE).raise_for_status()
+        for stream in streams:
+            name, data = stream.event()
+            assert (name, json.loads(data)["text"]) == ("added", str(number))
+    assert demo.stop() == 0
+    for address in led_to:
+        with pytest.raises(requests.ConnectionError):
+            requests.get(f"{address}/ping", timeout=DEADLINE)
