@@ -35,8 +35,9 @@ lint: ## formatting, clippy with and without features, and that it builds for ma
 	  echo "SKIPPED: the check for macOS, which needs rustup" >&2; \
 	fi
 
-soak: ## ten minutes of subscribers coming and going, every stream checked
-	SSE_SOAK_SECONDS=600 cargo test --release --test soak -- --nocapture
+soak: ## ten minutes of subscribers coming and going, every stream checked; or REDIS=1
+	SSE_SOAK_SECONDS=$(or $(SECONDS),600) cargo test --release \
+	  $(if $(REDIS),$(WITH_REDIS) --test redis in_a_long_run,--test soak) -- --nocapture
 
 fuzz: target/tools/bin/cargo-fuzz ## coverage-guided fuzzing of tokens and request targets
 	mkdir -p target/fuzz/corpus-token target/fuzz/corpus-target
