@@ -53,8 +53,8 @@ trusted: ## what the compiler reads of dependencies: lines, and how often they s
 	cargo build --release
 	python3 tests/trusted.py
 
-static: ## a static binary at target/static/sse-server; TARGET=aarch64-unknown-linux-musl
-	TARGET=$(TARGET) sh tests/ship/static.sh
+static: ## a static binary at target/static/sse-server; TARGET=aarch64-unknown-linux-musl FEATURES=redis
+	TARGET=$(TARGET) FEATURES=$(FEATURES) sh tests/ship/static.sh
 
 image: static ## an image FROM scratch, with docker or podman
 	sh tests/ship/image.sh
