@@ -47,6 +47,7 @@ fuzz: target/tools/bin/cargo-fuzz ## coverage-guided fuzzing of tokens and reque
 	  -artifact_prefix=target/fuzz/$$target- || exit 1; done
 
 bench: tools ## the fan-out benchmark against nginx with nchan; about ten minutes
+	cargo build --release $(WITH_REDIS)
 	cargo bench --bench fanout -- $(ARGS)
 
 trusted: ## what the compiler reads of dependencies: lines, and how often they say unsafe

@@ -10,6 +10,7 @@
 mod cases;
 mod client;
 mod publish;
+mod redis;
 mod report;
 mod servers;
 
