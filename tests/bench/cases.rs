@@ -29,6 +29,7 @@ enum Work {
     RedisFlat(&'static [u64]),
     RedisRate(f64),
     RedisSubmissions,
+    RedisMany,
     Memory,
     Idle,
     Sizing,
@@ -77,6 +78,7 @@ pub const CASES: &[Case] = &[
     both("redis-3x3000", to(9000), Work::RedisFlat(&[8, 32])),
     both("redis-rate-3x1000x10", to(3000), Work::RedisRate(10.0)),
     both("redis-submissions", to(0), Work::RedisSubmissions),
+    ours("redis-4x11250", to(45_000), Work::RedisMany),
     both("topics-1000", TOPICS, WINDOWS),
     both("big-8k", BIG, WINDOWS),
     both("batch-10", BATCHES, Work::Flat(&[40])),
@@ -130,6 +132,7 @@ impl Case {
             Work::Idle => idle(kind, self.shape),
             Work::Sizing => sizing(),
             Work::PublishCost => publish_cost(),
+            Work::RedisMany => redis::many(),
             Work::IdleSubmissions => submissions(Server::start(Kind::Ours, &[])?, time),
             Work::Bodies => bodies(),
         }
