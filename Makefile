@@ -3,6 +3,9 @@
 .DEFAULT_GOAL := help
 .PHONY: help run demo test lint soak fuzz bench trusted static image clean
 
+# In a directory of its own: other features would make the next `cargo build` start from nothing.
+WITH_REDIS := --features redis --target-dir target/redis
+
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
@@ -10,13 +13,13 @@ run: ## build and serve on 127.0.0.1:8000, or SSE_LISTEN; then prints how to try
 	cargo build --release
 	@exec python3 tests/demo/serve.py
 
-demo: target/venv ## a small web application with a list that is live in every tab
-	cargo build --release
-	target/venv/bin/python tests/demo/run.py
+demo: target/venv ## a small web application with a list that is live in every tab; INSTANCES=3
+	cargo build --release $(if $(INSTANCES),$(WITH_REDIS))
+	INSTANCES=$(INSTANCES) target/venv/bin/python tests/demo/run.py
 
 test: tools target/venv target/tools/bin/geckodriver ## every test
 	cargo test --no-fail-fast
-	cargo test --no-fail-fast --features redis --test redis
+	cargo test --no-fail-fast $(WITH_REDIS) --test redis
 	cargo build
 	target/venv/bin/python -m pytest tests/python -q
 
@@ -32,8 +35,9 @@ lint: ## formatting, clippy with and without features, and that it builds for ma
 	  echo "SKIPPED: the check for macOS, which needs rustup" >&2; \
 	fi
 
-soak: ## ten minutes of subscribers coming and going, every stream checked
-	SSE_SOAK_SECONDS=600 cargo test --release --test soak -- --nocapture
+soak: ## ten minutes of subscribers coming and going, every stream checked; or REDIS=1
+	SSE_SOAK_SECONDS=$(or $(SECONDS),600) cargo test --release \
+	  $(if $(REDIS),$(WITH_REDIS) --test redis in_a_long_run,--test soak) -- --nocapture
 
 fuzz: target/tools/bin/cargo-fuzz ## coverage-guided fuzzing of tokens and request targets
 	mkdir -p target/fuzz/corpus-token target/fuzz/corpus-target
@@ -43,14 +47,15 @@ fuzz: target/tools/bin/cargo-fuzz ## coverage-guided fuzzing of tokens and reque
 	  -artifact_prefix=target/fuzz/$$target- || exit 1; done
 
 bench: tools ## the fan-out benchmark against nginx with nchan; about ten minutes
+	cargo build --release $(WITH_REDIS)
 	cargo bench --bench fanout -- $(ARGS)
 
 trusted: ## what the compiler reads of dependencies: lines, and how often they say unsafe
 	cargo build --release
 	python3 tests/trusted.py
 
-static: ## a static binary at target/static/sse-server; TARGET=aarch64-unknown-linux-musl
-	TARGET=$(TARGET) sh tests/ship/static.sh
+static: ## a static binary at target/static/sse-server; TARGET=aarch64-unknown-linux-musl FEATURES=redis
+	TARGET=$(TARGET) FEATURES=$(FEATURES) sh tests/ship/static.sh
 
 image: static ## an image FROM scratch, with docker or podman
 	sh tests/ship/image.sh

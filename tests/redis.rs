@@ -6,6 +6,8 @@
 //! that each stream can be judged by itself.
 #![cfg(feature = "redis")]
 
+#[path = "support/attack.rs"]
+mod attack;
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,6 +20,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use std::{fs, path::PathBuf};
 
+use attack::Dice;
 use support::{
     DEADLINE, SECRET, TestServer, events_payload, kill, mint, now, run, topics_payload, wait_until,
 };
@@ -367,8 +370,16 @@ fn client(addresses: &Addresses, mut turn: usize) -> JoinHandle<History> {
 }
 
 /// Whether the end came.
-fn listen(mut stream: Stream, history: &mut History) -> bool {
-    while let Some((id, name, data)) = stream.block() {
+fn listen(stream: Stream, history: &mut History) -> bool {
+    listen_for(usize::MAX, stream, history)
+}
+
+/// The same, to so many blocks.
+fn listen_for(blocks: usize, mut stream: Stream, history: &mut History) -> bool {
+    for _ in 0..blocks {
+        let Some((id, name, data)) = stream.block() else {
+            return false;
+        };
         if name == "stream-reset" {
             history.segments.push(Vec::new());
         }
@@ -1282,4 +1293,147 @@ fn events_published_in_process_reach_every_instance() {
     assert!(begin.elapsed() < Duration::from_secs(3));
     let refused = server.publish(&events).unwrap_err();
     assert_eq!(refused.status, 503);
+}
+
+// ------------------------------------------------------------------------------------ a long run
+
+/// How long one round of a long run lasts, before what was heard in it is judged.
+const ROUND: Duration = Duration::from_secs(7);
+
+/// A client that leaves by itself as well, and comes back with the last id to another instance.
+fn wanderer(addresses: &Addresses, mut turn: usize) -> JoinHandle<History> {
+    let addresses = addresses.clone();
+    thread::spawn(move || {
+        let mut dice = Dice::seeded(turn as u64);
+        let mut history = History::default();
+        history.segments.push(Vec::new());
+        let end = Instant::now() + 4 * DEADLINE;
+        while Instant::now() < end {
+            let address = {
+                let all = addresses.lock().unwrap();
+                all[turn % all.len()]
+            };
+            turn += 1 + dice.below(2);
+            if let Some(stream) = Stream::open(address, "t", &history.last_id) {
+                history.streams += 1;
+                if listen_for(dice.below(200), stream, &mut history) {
+                    return history;
+                }
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        panic!("a client never heard the end");
+    })
+}
+
+/// What is done to Redis and to the instances, and how often it was.
+#[derive(Default, Debug)]
+struct Harm {
+    instances_killed: usize,
+    instances_ended: usize,
+    redis_killed: usize,
+    redis_stopped: usize,
+    connections_cut: usize,
+    redis_flushed: usize,
+}
+
+impl Harm {
+    /// Does something at random, and makes good what was killed.
+    fn next(&mut self, dice: &mut Dice, redis: &mut Redis, group: &mut Group, may_lose: bool) {
+        let pause = Duration::from_millis(dice.below(1500) as u64);
+        match dice.below(if may_lose { 12 } else { 11 }) {
+            choice @ 0..5 => {
+                let number = dice.below(group.instances.len());
+                let server = &mut group.instances[number];
+                let count = [&mut self.instances_killed, &mut self.instances_ended];
+                *count[usize::from(choice > 2)] += 1;
+                server.signal(["KILL", "TERM"][usize::from(choice > 2)]);
+                server.wait_for_end();
+                thread::sleep(pause);
+                let port = group.instances[number].addr.port();
+                group.instances[number] = instance(&redis.url(), port);
+            }
+            5..8 => {
+                self.redis_killed += 1;
+                redis.kill();
+                thread::sleep(pause);
+                redis.restart();
+            }
+            8..9 => {
+                self.redis_stopped += 1;
+                kill(redis.child.id(), "STOP");
+                thread::sleep(2 * pause);
+                kill(redis.child.id(), "CONT");
+            }
+            9..11 => {
+                self.connections_cut += 1;
+                let _: u64 = redis.ask(&["CLIENT", "KILL", "TYPE", "normal"]);
+            }
+            _ => {
+                self.redis_flushed += 1;
+                let _: () = redis.ask(&["FLUSHALL"]);
+            }
+        }
+        thread::sleep(pause / 2);
+    }
+}
+
+/// Everything at random, for as long as one likes: 15 seconds in the suite, `SSE_SOAK_SECONDS=600`
+/// for the long form, which `make soak REDIS=1` runs. In every second round Redis may be emptied too,
+/// and only there may a client be told to begin anew, or what was accepted be lost.
+#[test]
+fn streams_stay_whole_while_redis_and_instances_are_killed_in_a_long_run() {
+    if !is_there() {
+        return;
+    }
+    let seconds = std::env::var("SSE_SOAK_SECONDS").ok();
+    let seconds = seconds.map_or(15, |it| it.parse().expect("SSE_SOAK_SECONDS: a number"));
+    let mut dice = Dice::new(21);
+    let mut redis = Redis::start(&["--appendonly", "yes", "--appendfsync", "always"]);
+    let mut group = Group::start(&redis.url());
+    let begin = Instant::now();
+    let (mut harm, mut slowest, mut rounds) = (Harm::default(), Duration::ZERO, 0);
+    let (mut accepted, mut refused, mut unanswered) = (0, 0, 0);
+    let (mut events, mut heard, mut streams, mut resets) = (0, 0, 0, 0);
+    while begin.elapsed() < Duration::from_secs(seconds) {
+        let round = Instant::now();
+        let residents = group.clients();
+        let wanderers = (0..6).map(|turn| wanderer(&group.addresses, turn + rounds));
+        let clients = residents.into_iter().chain(wanderers).collect();
+        let load = Load::start(&group.addresses, 4, 5);
+        let flushed = harm.redis_flushed;
+        while round.elapsed() < ROUND {
+            harm.next(&mut dice, &mut redis, &mut group, rounds % 2 == 1);
+        }
+        load.wait_for(50);
+        let log = load.stop();
+        let histories = finish(&group.addresses, clients);
+        let all = judge(&histories);
+        if harm.redis_flushed == flushed {
+            nothing_is_lost(&all, &log);
+            nobody_was_reset(&histories);
+        }
+        rounds += 1;
+        for (.., posted) in &log {
+            let count = match posted.status {
+                Some(200) => &mut accepted,
+                Some(503) => &mut refused,
+                _ => &mut unanswered,
+            };
+            *count += 1;
+            slowest = slowest.max(posted.took);
+        }
+        events += all.len();
+        for history in &histories {
+            streams += history.streams;
+            resets += history.segments.len() - 1;
+            heard += history.segments.iter().map(Vec::len).sum::<usize>();
+        }
+    }
+    println!("  {rounds} rounds in {:.0?}: {harm:?}", begin.elapsed());
+    println!(
+        "  submissions: {accepted} accepted, {refused} answered 503, {unanswered} not answered, the \
+         slowest took {slowest:.1?}"
+    );
+    println!("  {events} events, heard {heard} times in {streams} streams; {resets} resets");
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::Result;
 use crate::client::{PATIENCE, Shape};
 use crate::publish::{Load, Sample};
+use crate::redis;
 use crate::report::BUSY;
 use crate::servers::{Kind, Server, available_memory, resident, round_trip};
 
@@ -24,6 +25,11 @@ enum Work {
     Flat(&'static [u64]),
     /// Events a second.
     Rate(f64),
+    /// The same with three instances over Redis; and submissions to them that nobody hears.
+    RedisFlat(&'static [u64]),
+    RedisRate(f64),
+    RedisSubmissions,
+    RedisMany,
     Memory,
     Idle,
     Sizing,
@@ -68,6 +74,11 @@ pub const CASES: &[Case] = &[
     both("flat-9000", to(9000), WINDOWS),
     both("rate-1000x30", to(1000), Work::Rate(30.0)),
     both("rate-5000x5", to(5000), Work::Rate(5.0)),
+    both("redis-3x1000", to(3000), Work::RedisFlat(&[8, 32])),
+    both("redis-3x3000", to(9000), Work::RedisFlat(&[8, 32])),
+    both("redis-rate-3x1000x10", to(3000), Work::RedisRate(10.0)),
+    both("redis-submissions", to(0), Work::RedisSubmissions),
+    ours("redis-4x11250", to(45_000), Work::RedisMany),
     both("topics-1000", TOPICS, WINDOWS),
     both("big-8k", BIG, WINDOWS),
     both("batch-10", BATCHES, Work::Flat(&[40])),
@@ -112,13 +123,17 @@ impl Case {
     pub fn measure(&self, kind: Kind, time: Duration) -> Result<Vec<Figure>> {
         match self.work {
             Work::Connect => connect(kind, self.shape),
-            Work::Flat(windows) => flat(kind, self.shape, windows, time),
-            Work::Rate(rate) => at_rate(kind, self.shape, rate, time),
+            Work::Flat(windows) => flat(Server::start(kind, &[])?, self.shape, windows, time),
+            Work::Rate(rate) => at_rate(Server::start(kind, &[])?, self.shape, rate, time),
+            Work::RedisFlat(windows) => flat(redis::start(kind)?, self.shape, windows, time),
+            Work::RedisRate(rate) => at_rate(redis::start(kind)?, self.shape, rate, time),
+            Work::RedisSubmissions => submissions(redis::start(kind)?, time),
             Work::Memory => memory(kind, self.shape),
             Work::Idle => idle(kind, self.shape),
             Work::Sizing => sizing(),
             Work::PublishCost => publish_cost(),
-            Work::IdleSubmissions => idle_submissions(time),
+            Work::RedisMany => redis::many(),
+            Work::IdleSubmissions => submissions(Server::start(Kind::Ours, &[])?, time),
             Work::Bodies => bodies(),
         }
     }
@@ -133,8 +148,8 @@ fn connect(kind: Kind, shape: Shape) -> Result<Vec<Figure>> {
     Ok(vec![("connecting all".into(), "ms", took)])
 }
 
-fn flat(kind: Kind, shape: Shape, windows: &[u64], time: Duration) -> Result<Vec<Figure>> {
-    let mut load = Load::start(Server::start(kind, &[])?, shape)?;
+fn flat(server: Server, shape: Shape, windows: &[u64], time: Duration) -> Result<Vec<Figure>> {
+    let mut load = Load::start(server, shape)?;
     let mut figures = Vec::new();
     for window in windows {
         let sample = load.flat_out(*window, time)?;
@@ -146,8 +161,8 @@ fn flat(kind: Kind, shape: Shape, windows: &[u64], time: Duration) -> Result<Vec
     Ok(figures)
 }
 
-fn at_rate(kind: Kind, shape: Shape, rate: f64, time: Duration) -> Result<Vec<Figure>> {
-    let mut load = Load::start(Server::start(kind, &[])?, shape)?;
+fn at_rate(server: Server, shape: Shape, rate: f64, time: Duration) -> Result<Vec<Figure>> {
+    let mut load = Load::start(server, shape)?;
     // The first events find cold caches and stacks.
     load.at_rate(rate, Duration::from_secs(1))?;
     let sample: Sample = load.at_rate(rate, 2 * time)?;
@@ -263,8 +278,7 @@ fn publish_cost() -> Result<Vec<Figure>> {
 }
 
 /// Submissions that nobody listens to, each sent once the one before is answered.
-fn idle_submissions(time: Duration) -> Result<Vec<Figure>> {
-    let server = Server::start(Kind::Ours, &[])?;
+fn submissions(server: Server, time: Duration) -> Result<Vec<Figure>> {
     let request = server.publication(&[("nobody".into(), "x".repeat(64))]);
     let submit = || -> Result<f64> {
         let (mut stream, begin, mut count) = (connection(&server)?, Instant::now(), 0);

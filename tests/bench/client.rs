@@ -147,7 +147,7 @@ impl Swarm {
         let request = |topic| server.subscription(&shape.subscription(topic));
         let requests: Vec<_> = (0..shape.topics).map(request).collect();
         for number in 0..shape.subscribers {
-            let mut stream = TcpStream::connect(server.address)?;
+            let mut stream = TcpStream::connect(server.address_of(number))?;
             let interest = Interest::READABLE | Interest::WRITABLE;
             let registry = swarm.poll.registry();
             registry.register(&mut stream, Token(number), interest)?;

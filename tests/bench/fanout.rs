@@ -10,6 +10,7 @@
 mod cases;
 mod client;
 mod publish;
+mod redis;
 mod report;
 mod servers;
 
@@ -30,6 +31,13 @@ struct Options {
 }
 
 fn main() -> ExitCode {
+    let words: Vec<_> = std::env::args().skip(1).collect();
+    if let [name, addresses] = &words[..]
+        && name == "herd"
+    {
+        redis::herd(addresses).expect("clients that hear everything");
+        return ExitCode::SUCCESS;
+    }
     let outcome = options(std::env::args().skip(1)).and_then(run);
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

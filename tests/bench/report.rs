@@ -26,6 +26,8 @@ fn goal(case: &str, figure: &str) -> Option<Goal> {
         "flat-100" if figure == "flat out, 8 ahead" => Some(Goal::AtLeast(3.0)),
         "flat-1000" | "flat-5000" if figure == "flat out, 8 ahead" => Some(Goal::AtLeast(5.0)),
         "flat-9000" if figure == "flat out, 8 ahead" => Some(Goal::AtLeast(6.0)),
+        "redis-3x1000" | "redis-3x3000" if is("flat out") => Some(Goal::AtLeast(3.0)),
+        "redis-rate-3x1000x10" if is("p99") => Some(Goal::AtMost(1.0)),
         "topics-1000" if is("flat out") => Some(Goal::AtLeast(1.3)),
         "rate-1000x30" | "rate-5000x5" if is("p99") => Some(Goal::AtMost(0.7)),
         "rate-1000x30" | "rate-5000x5" if is("CPU") => Some(Goal::AtMost(1.0)),

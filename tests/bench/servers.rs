@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::Result;
+use crate::redis::{self, Redis};
 
 const KEY: [u8; 32] = [0x5e; 32];
 pub const NGINX: &str = "/usr/sbin/nginx";
@@ -35,6 +36,9 @@ impl Kind {
 pub struct Server {
     pub kind: Kind,
     pub address: SocketAddr,
+    /// Instances beside this one, and the Redis over which they are one server.
+    pub others: Vec<Server>,
+    pub redis: Option<Redis>,
     child: Child,
     /// nginx's configuration and working files.
     directory: Option<PathBuf>,
@@ -44,7 +48,15 @@ impl Server {
     pub fn start(kind: Kind, settings: &[(&str, &str)]) -> Result<Self> {
         match kind {
             Kind::Ours => start_ours(settings),
-            Kind::Nchan => start_nchan(),
+            Kind::Nchan => start_nchan(settings),
+        }
+    }
+
+    /// Where this subscriber connects to.
+    pub fn address_of(&self, subscriber: usize) -> SocketAddr {
+        match subscriber % (1 + self.others.len()) {
+            0 => self.address,
+            number => self.others[number - 1].address,
         }
     }
 
@@ -94,7 +106,8 @@ impl Server {
     /// User and system time that the server's processes have used, exact to 10 ms.
     pub fn cpu(&self) -> Duration {
         let of = |pid: &u32| process_cpu(&pid.to_string());
-        self.processes().iter().map(of).sum()
+        let others: Duration = self.others.iter().map(Server::cpu).sum();
+        others + self.processes().iter().map(of).sum::<Duration>()
     }
 
     /// Bytes resident in user space. nginx's shared memory counts once: only its worker counts.
@@ -129,6 +142,8 @@ impl Drop for Server {
 fn start_ours(settings: &[(&str, &str)]) -> Result<Server> {
     let built = option_env!("CARGO_BIN_EXE_sse-server").map(String::from);
     let binary = std::env::var("SSE_SERVER_BIN").ok().or(built);
+    let shared = settings.iter().any(|(name, _)| *name == "SSE_REDIS");
+    let binary = binary.map(|it| if shared { redis::binary() } else { it });
     let binary = binary.ok_or("SSE_SERVER_BIN must name the server")?;
     let secret: String = KEY.iter().map(|byte| format!("{byte:02x}")).collect();
     let mut child = Command::new(&binary)
@@ -154,12 +169,14 @@ fn start_ours(settings: &[(&str, &str)]) -> Result<Server> {
     Ok(Server {
         kind: Kind::Ours,
         address,
+        others: Vec::new(),
+        redis: None,
         child,
         directory: None,
     })
 }
 
-fn start_nchan() -> Result<Server> {
+fn start_nchan(settings: &[(&str, &str)]) -> Result<Server> {
     if !Path::new(NCHAN_MODULE).exists() {
         return Err("nchan is missing: apt-get install nginx libnginx-mod-nchan".into());
     }
@@ -167,12 +184,14 @@ fn start_nchan() -> Result<Server> {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let directory = directory.join(format!("fanout-{}", address.port()));
     fs::create_dir_all(&directory)?;
-    let configuration = nginx_configuration(address, &directory);
+    let configuration = nginx_configuration(address, &directory, settings);
     fs::write(directory.join("nginx.conf"), configuration)?;
     let child = nginx(&directory).spawn()?;
     let mut server = Server {
         kind: Kind::Nchan,
         address,
+        others: Vec::new(),
+        redis: None,
         child,
         directory: Some(directory.clone()),
     };
@@ -197,7 +216,10 @@ fn nginx(directory: &Path) -> Command {
 
 /// One worker, as quick as nchan gets: no access log, nothing on disk, as deep a backlog as ours,
 /// and a buffer that outlasts the publisher's window, so that nothing is lost.
-fn nginx_configuration(address: SocketAddr, directory: &Path) -> String {
+fn nginx_configuration(address: SocketAddr, directory: &Path, settings: &[(&str, &str)]) -> String {
+    let url = settings.iter().find(|(name, _)| *name == "SSE_REDIS");
+    let over = |(_, url): &(_, _)| format!("nchan_redis_url \"{url}\"; nchan_use_redis on;");
+    let over = url.map(over).unwrap_or_default();
     let at = directory.display();
     format!(
         "daemon off; user root; pid {at}/pid; error_log {at}/error.log warn;
@@ -211,11 +233,11 @@ fn nginx_configuration(address: SocketAddr, directory: &Path) -> String {
             server {{
                 listen {address} backlog=4096;
                 location ~ ^/pub/(\\w+)$ {{
-                    nchan_publisher; nchan_channel_id $1;
+                    nchan_publisher; nchan_channel_id $1; {over}
                     nchan_message_buffer_length 128; nchan_message_timeout 10m;
                 }}
                 location ~ ^/sub/(\\w+)$ {{
-                    nchan_subscriber eventsource; nchan_channel_id $1;
+                    nchan_subscriber eventsource; nchan_channel_id $1; {over}
                     nchan_subscriber_first_message newest;
                 }}
             }}

@@ -6,6 +6,7 @@ submits an event whenever something changed. Everything else here is an ordinary
 
 import json
 import os
+import random
 import secrets
 import threading
 import time
@@ -18,7 +19,9 @@ from flask import Flask, abort, redirect, request, send_from_directory
 # Where this backend reaches sse-server. With a standby, both addresses, separated by a comma.
 PUSH_URLS = os.environ.get("PUSH_URLS", "http://127.0.0.1:8000").split(",")
 # Where browsers reach it: in production the https address of the reverse proxy.
-PUSH_PUBLIC_URL = os.environ.get("PUSH_PUBLIC_URL", PUSH_URLS[0])
+PUSH_PUBLIC_URLS = os.environ.get("PUSH_PUBLIC_URL", PUSH_URLS[0]).split(",")
+# Several instances over Redis are one server: to submit to any of them is enough.
+INSTANCES = int(os.environ.get("INSTANCES") or 1)
 TOPIC = "list"
 
 branca = Branca(os.environ["SSE_SECRET"].split(",")[0])
@@ -31,16 +34,18 @@ def events():
     # Check here who asks, as on every other page: the token lets its holder read the topic.
     # The page comes back to this address whenever its stream has ended, so no token gets too old.
     token = branca.encode(msgpack.packb({"topics": [TOPIC]}))
-    return redirect(f"{PUSH_PUBLIC_URL}/events?token={token}", 307)
+    return redirect(f"{random.choice(PUSH_PUBLIC_URLS)}/events?token={token}", 307)
 
 
 def publish(event, data=""):
     """Tells every open page. A page that misses it sees the gap in the versions and refetches."""
     events = [{"topic": TOPIC, "event": event, "data": data}]
     body = branca.encode(msgpack.packb({"events": events}))
-    for url in PUSH_URLS:
+    for url in random.sample(PUSH_URLS, len(PUSH_URLS)):
         try:
             push.post(f"{url}/submit", data=body, timeout=5).raise_for_status()
+            if INSTANCES > 1:
+                return
         except requests.RequestException as error:
             app.logger.warning("%s: not published: %s", event, error)
 
@@ -112,7 +117,7 @@ def protect(response):
     # connect-src must name the push server: the page's EventSource is redirected to it.
     response.headers["Content-Security-Policy"] = (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-        f"connect-src 'self' {PUSH_PUBLIC_URL}; "
+        f"connect-src 'self' {' '.join(PUSH_PUBLIC_URLS)}; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     response.headers["X-Content-Type-Options"] = "nosniff"

@@ -13,7 +13,9 @@ TARGET = Path(__file__).resolve().parent.parent.parent / "target"
 
 
 def server_binary():
-    builds = [TARGET / kind / "sse-server" for kind in ("release", "debug")]
+    # One with the feature redis has a directory of its own.
+    folder = TARGET / "redis" if "SSE_REDIS" in os.environ else TARGET
+    builds = [folder / kind / "sse-server" for kind in ("release", "debug")]
     for binary in [os.environ.get("SSE_SERVER_BIN"), *builds]:
         if binary and Path(binary).is_file():
             return str(binary)

@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 TARGET = ROOT / "target"
 BINARY = Path(os.environ.get("SSE_SERVER_BIN", TARGET / "debug" / "sse-server"))
+# The same with the feature redis, in a directory of its own: `make test` builds both.
+REDIS_BINARY = Path(os.environ.get("SSE_REDIS_BIN", TARGET / "redis" / "debug" / "sse-server"))
 # What browsers, drivers and pytest itself leave behind while they run.
 SCRATCH = TARGET / "tmp" / "python"
 # For each wait on something that is about to happen. Generous: the machine may be busy.
@@ -165,15 +167,24 @@ class Process:
         return status
 
 
+def redis_binary():
+    """The path of the server with the feature redis, or the end of the test."""
+    if not REDIS_BINARY.is_file():
+        build = "cargo build --features redis --target-dir target/redis"
+        missing(f"no server binary at {REDIS_BINARY}: run `{build}`")
+    return REDIS_BINARY
+
+
 class SseServer(Process):
     """The binary under test, with its secret and the backend's side of the protocol."""
 
     def __init__(self, secret=None, port=0, **settings):
         self.secret = secret or secrets.token_hex(32)
+        binary = REDIS_BINARY if "redis" in settings else BINARY
         env = {name: value for name, value in os.environ.items() if not name.startswith("SSE_")}
         env |= {"SSE_SECRET": self.secret, "SSE_LISTEN": f"127.0.0.1:{port}"}
         env |= {f"SSE_{name.upper()}": str(value) for name, value in settings.items()}
-        super().__init__([BINARY], env)
+        super().__init__([binary], env)
         self.port = int(self.find(r"listening on 127\.0\.0\.1:(\d+)")[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self.branca = Branca(self.secret.split(",")[0])
@@ -196,6 +207,18 @@ class SseServer(Process):
         )
         answer.raise_for_status()
         return answer.json()["deliveries"]
+
+
+class Redis(Process):
+    """Debian's redis-server, which keeps nothing on disk."""
+
+    def __init__(self, folder):
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        settings = {"--port": self.port, "--bind": "127.0.0.1", "--save": "", "--dir": folder}
+        command = [tool("redis-server"), *(part for pair in settings.items() for part in pair)]
+        super().__init__(command)
+        self.find("Ready to accept connections")
 
 
 class Reader:
@@ -489,6 +512,19 @@ def serve(start):
         return server
 
     return serve
+
+
+@pytest.fixture
+def instances(start, serve, tmp_path):
+    """instances(3, heartbeat=1, …) starts so many servers that are one, over a Redis of their own."""
+    redis_binary()
+
+    def instances(count, **settings):
+        settings["redis"] = start(Redis, tmp_path).url
+        first = serve(**settings)
+        return [first, *(serve(secret=first.secret, **settings) for _ in range(count - 1))]
+
+    return instances
 
 
 @pytest.fixture

@@ -28,10 +28,10 @@ USER = "65532:65532"
 pytestmark = pytest.mark.timeout(900)
 
 
-def make(target):
+def make(*target):
     """What it said. A first build takes minutes."""
     tool("cargo")
-    done = subprocess.run([tool("make"), target], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([tool("make"), *target], cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr)
     if "neither docker nor podman works" in done.stderr:
         missing("neither docker nor podman works here")
@@ -161,6 +161,25 @@ def test_the_compose_file_of_the_readme_starts_the_image(contained, image):
     stream = subscribe(f"{server.url}/events?token={server.token('news')}")
     assert server.publish("news", "", "composed") == 1
     assert stream.event() == ("message", "composed")
+
+
+# Whoever wants several instances says so when the binary is made; nobody else gets a client of Redis.
+def test_the_binary_has_redis_only_where_it_was_asked_for():
+    def start():
+        settings = {"SSE_SECRET": "11" * 32, "SSE_REDIS": f"redis://127.0.0.1:{free_port()}"}
+        settings["SSE_LISTEN"] = "127.0.0.1:0"
+        binary = TARGET / "static" / "sse-server"
+        done = subprocess.run([binary], env=settings, capture_output=True, text=True, timeout=DEADLINE)
+        return done.returncode, done.stderr
+
+    try:
+        make("static", "FEATURES=redis")
+        status, said = start()
+        assert status == 1 and "SSE_REDIS cannot be used: " in said, said
+    finally:
+        make("static")
+    status, said = start()
+    assert status == 2 and "SSE_REDIS needs a binary with the feature redis" in said, said
 
 
 # Whatever else were in it would have to be kept up to date.

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Leaves a stripped binary that needs no library of the system at target/static/sse-server; for another
-# processor with TARGET=aarch64-unknown-linux-musl.
+# processor with TARGET=aarch64-unknown-linux-musl, and for several instances with FEATURES=redis.
 set -eu
 cd "$(dirname "$0")/../.."
 musl=${TARGET:-$(uname -m)-unknown-linux-musl}
@@ -26,7 +26,8 @@ esac
 
 # In a directory of its own: other flags would make the next `cargo build` start from nothing.
 RUSTFLAGS='-C target-feature=+crt-static' \
-    cargo build --release --locked --target "$target" --target-dir target/static-build
+    cargo build --release --locked --features "${FEATURES:-}" \
+    --target "$target" --target-dir target/static-build
 mkdir -p target/static
 install -m 755 "target/static-build/$target/release/sse-server" "$binary"
 
