@@ -12,8 +12,8 @@ use crate::servers::{Kind, Server, available_memory, resident, round_trip};
 
 pub struct Case {
     pub name: &'static str,
-    /// Whether nchan takes part.
-    pub peer: bool,
+    /// Who takes part.
+    pub kinds: &'static [Kind],
     shape: Shape,
     work: Work,
 }
@@ -63,10 +63,10 @@ const BATCHES: Shape = Shape {
 pub const CASES: &[Case] = &[
     both("connect-5000", to(5000), Work::Connect),
     both("flat-100", to(100), WINDOWS),
-    both("flat-1000", to(1000), WINDOWS),
-    both("flat-5000", to(5000), WINDOWS),
+    limit("flat-1000", to(1000), WINDOWS),
+    limit("flat-5000", to(5000), WINDOWS),
     both("flat-9000", to(9000), WINDOWS),
-    both("rate-1000x30", to(1000), Work::Rate(30.0)),
+    limit("rate-1000x30", to(1000), Work::Rate(30.0)),
     both("rate-5000x5", to(5000), Work::Rate(5.0)),
     both("topics-1000", TOPICS, WINDOWS),
     both("big-8k", BIG, WINDOWS),
@@ -84,15 +84,23 @@ pub const CASES: &[Case] = &[
 const fn both(name: &'static str, shape: Shape, work: Work) -> Case {
     Case {
         name,
-        peer: true,
+        kinds: &[Kind::Ours, Kind::Nchan],
         shape,
         work,
     }
 }
 
+/// With the reference too.
+const fn limit(name: &'static str, shape: Shape, work: Work) -> Case {
+    Case {
+        kinds: &[Kind::Ours, Kind::Nchan, Kind::Reference],
+        ..both(name, shape, work)
+    }
+}
+
 const fn ours(name: &'static str, shape: Shape, work: Work) -> Case {
     Case {
-        peer: false,
+        kinds: &[Kind::Ours],
         ..both(name, shape, work)
     }
 }

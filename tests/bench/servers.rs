@@ -1,4 +1,4 @@
-//! The two servers under test, each a child process with a port of its own, and how they are asked.
+//! The servers under test, each a child process with a port of its own, and how they are asked.
 
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -20,13 +20,18 @@ const NCHAN_MODULE: &str = "/usr/lib/nginx/modules/ngx_nchan_module.so";
 pub enum Kind {
     Ours,
     Nchan,
+    /// See `reference.rs`.
+    Reference,
 }
 
 impl Kind {
+    pub const ALL: [Kind; 3] = [Kind::Ours, Kind::Nchan, Kind::Reference];
+
     pub fn name(self) -> &'static str {
         match self {
             Kind::Ours => "ours",
             Kind::Nchan => "nchan",
+            Kind::Reference => "reference",
         }
     }
 }
@@ -45,10 +50,11 @@ impl Server {
         match kind {
             Kind::Ours => start_ours(settings),
             Kind::Nchan => start_nchan(),
+            Kind::Reference => start_reference(),
         }
     }
 
-    /// The request of a subscriber to these topics; to nchan, to the first of them.
+    /// The request of a subscriber to these topics; to others, to the first of them.
     pub fn subscription(&self, topics: &[String]) -> Vec<u8> {
         #[derive(Serialize)]
         struct Payload<'a> {
@@ -56,14 +62,14 @@ impl Server {
         }
         let path = match self.kind {
             Kind::Ours => format!("/events?token={}", token(&Payload { topics })),
-            Kind::Nchan => format!("/sub/{}", topics[0]),
+            _ => format!("/sub/{}", topics[0]),
         };
         // nchan answers 403 without this Accept.
         format!("GET {path} HTTP/1.1\r\nHost: bench\r\nAccept: text/event-stream\r\n\r\n").into()
     }
 
     /// The bytes that publish these (topic, data): one submission to ours, and as many posts to
-    /// nchan, which has no batches.
+    /// others, which have no batches.
     pub fn publication(&self, events: &[(String, String)]) -> Vec<u8> {
         #[derive(Serialize)]
         struct Event<'a> {
@@ -74,7 +80,7 @@ impl Server {
         struct Payload<'a> {
             events: Vec<Event<'a>>,
         }
-        if self.kind == Kind::Nchan {
+        if self.kind != Kind::Ours {
             let post = |(topic, data): &(_, String)| post(&format!("/pub/{topic}"), data);
             return events.iter().flat_map(post).collect();
         }
@@ -87,7 +93,7 @@ impl Server {
     pub fn answers(&self, events: usize) -> usize {
         match self.kind {
             Kind::Ours => 1,
-            Kind::Nchan => events,
+            _ => events,
         }
     }
 
@@ -131,28 +137,41 @@ fn start_ours(settings: &[(&str, &str)]) -> Result<Server> {
     let binary = std::env::var("SSE_SERVER_BIN").ok().or(built);
     let binary = binary.ok_or("SSE_SERVER_BIN must name the server")?;
     let secret: String = KEY.iter().map(|byte| format!("{byte:02x}")).collect();
-    let mut child = Command::new(&binary)
+    let mut command = Command::new(&binary);
+    command
         .env_clear()
         .env("SSE_SECRET", secret)
         .env("SSE_LISTEN", "127.0.0.1:0")
         .env("SSE_MAX_SUBSCRIBERS", "10000")
-        .envs(settings.iter().copied())
+        .envs(settings.iter().copied());
+    listening(Kind::Ours, command)
+}
+
+fn start_reference() -> Result<Server> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("reference");
+    listening(Kind::Reference, command)
+}
+
+/// Starts a server that says in its first line where it listens.
+fn listening(kind: Kind, mut command: Command) -> Result<Server> {
+    let mut child = command
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(|error| format!("{binary}: {error}"))?;
+        .map_err(|error| format!("{command:?}: {error}"))?;
     let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
     let line = lines.next().ok_or("the server said nothing")??;
     let address = line.split("listening on ").nth(1);
     let address = address.and_then(|rest| rest.split([',', ' ']).next()?.parse().ok());
     // What else it says is worth seeing, and a full pipe would block it.
     let rest = lines.map_while(|line| line.ok());
-    thread::spawn(move || rest.for_each(|line| eprintln!("    ours: {line}")));
+    thread::spawn(move || rest.for_each(|line| eprintln!("    {}: {line}", kind.name())));
     let Some(address) = address else {
         let _ = child.kill();
         return Err(format!("no start line but: {line}").into());
     };
     Ok(Server {
-        kind: Kind::Ours,
+        kind,
         address,
         child,
         directory: None,
