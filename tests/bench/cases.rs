@@ -60,48 +60,39 @@ const BATCHES: Shape = Shape {
     ..to(1000)
 };
 
+const ALONE: &[Kind] = &[Kind::Ours];
+const BOTH: &[Kind] = &[Kind::Ours, Kind::Nchan];
+/// What people would pick instead.
+const PICKED: &[Kind] = &[Kind::Ours, Kind::Nchan, Kind::BetterSse];
+const LIMIT: &[Kind] = &[Kind::Ours, Kind::Nchan, Kind::Reference];
+
 pub const CASES: &[Case] = &[
-    both("connect-5000", to(5000), Work::Connect),
-    both("flat-100", to(100), WINDOWS),
-    limit("flat-1000", to(1000), WINDOWS),
-    limit("flat-5000", to(5000), WINDOWS),
-    both("flat-9000", to(9000), WINDOWS),
-    limit("rate-1000x30", to(1000), Work::Rate(30.0)),
-    both("rate-5000x5", to(5000), Work::Rate(5.0)),
-    both("topics-1000", TOPICS, WINDOWS),
-    both("big-8k", BIG, WINDOWS),
-    both("batch-10", BATCHES, Work::Flat(&[40])),
-    both("memory-5000", to(5000), Work::Memory),
-    both("memory-9000", to(9000), Work::Memory),
-    ours("idle-10000", to(10_000), Work::Idle),
-    ours("idle-9000x60", OWN_TOPICS, Work::Idle),
-    ours("sizing", to(0), Work::Sizing),
-    ours("publish-cost", to(0), Work::PublishCost),
-    ours("idle-submissions", to(0), Work::IdleSubmissions),
-    ours("bodies", to(0), Work::Bodies),
+    case("connect-5000", PICKED, to(5000), Work::Connect),
+    case("flat-100", PICKED, to(100), WINDOWS),
+    case("flat-1000", &Kind::ALL, to(1000), WINDOWS),
+    case("flat-5000", LIMIT, to(5000), WINDOWS),
+    case("flat-9000", BOTH, to(9000), WINDOWS),
+    case("rate-1000x30", &Kind::ALL, to(1000), Work::Rate(30.0)),
+    case("rate-5000x5", BOTH, to(5000), Work::Rate(5.0)),
+    case("topics-1000", BOTH, TOPICS, WINDOWS),
+    case("big-8k", BOTH, BIG, WINDOWS),
+    case("batch-10", BOTH, BATCHES, Work::Flat(&[40])),
+    case("memory-5000", BOTH, to(5000), Work::Memory),
+    case("memory-9000", BOTH, to(9000), Work::Memory),
+    case("idle-10000", ALONE, to(10_000), Work::Idle),
+    case("idle-9000x60", ALONE, OWN_TOPICS, Work::Idle),
+    case("sizing", ALONE, to(0), Work::Sizing),
+    case("publish-cost", ALONE, to(0), Work::PublishCost),
+    case("idle-submissions", ALONE, to(0), Work::IdleSubmissions),
+    case("bodies", ALONE, to(0), Work::Bodies),
 ];
 
-const fn both(name: &'static str, shape: Shape, work: Work) -> Case {
+const fn case(name: &'static str, kinds: &'static [Kind], shape: Shape, work: Work) -> Case {
     Case {
         name,
-        kinds: &[Kind::Ours, Kind::Nchan],
+        kinds,
         shape,
         work,
-    }
-}
-
-/// With the reference too.
-const fn limit(name: &'static str, shape: Shape, work: Work) -> Case {
-    Case {
-        kinds: &[Kind::Ours, Kind::Nchan, Kind::Reference],
-        ..both(name, shape, work)
-    }
-}
-
-const fn ours(name: &'static str, shape: Shape, work: Work) -> Case {
-    Case {
-        kinds: &[Kind::Ours],
-        ..both(name, shape, work)
     }
 }
 

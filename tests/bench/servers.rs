@@ -20,17 +20,20 @@ const NCHAN_MODULE: &str = "/usr/lib/nginx/modules/ngx_nchan_module.so";
 pub enum Kind {
     Ours,
     Nchan,
+    /// The npm package, in node.
+    BetterSse,
     /// See `reference.rs`.
     Reference,
 }
 
 impl Kind {
-    pub const ALL: [Kind; 3] = [Kind::Ours, Kind::Nchan, Kind::Reference];
+    pub const ALL: [Kind; 4] = [Kind::Ours, Kind::Nchan, Kind::BetterSse, Kind::Reference];
 
     pub fn name(self) -> &'static str {
         match self {
             Kind::Ours => "ours",
             Kind::Nchan => "nchan",
+            Kind::BetterSse => "better-sse",
             Kind::Reference => "reference",
         }
     }
@@ -50,6 +53,7 @@ impl Server {
         match kind {
             Kind::Ours => start_ours(settings),
             Kind::Nchan => start_nchan(),
+            Kind::BetterSse => start_better_sse(),
             Kind::Reference => start_reference(),
         }
     }
@@ -145,6 +149,18 @@ fn start_ours(settings: &[(&str, &str)]) -> Result<Server> {
         .env("SSE_MAX_SUBSCRIBERS", "10000")
         .envs(settings.iter().copied());
     listening(Kind::Ours, command)
+}
+
+fn start_better_sse() -> Result<Server> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let package = root.join("target/bench/node_modules/better-sse/build/index.mjs");
+    if !package.exists() {
+        return Err("better-sse is missing: sh tests/tools.sh, with npm".into());
+    }
+    let mut command = Command::new("node");
+    command.arg(root.join("tests/bench/better-sse.mjs"));
+    command.arg(package);
+    listening(Kind::BetterSse, command)
 }
 
 fn start_reference() -> Result<Server> {
