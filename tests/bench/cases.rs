@@ -96,7 +96,7 @@ const fn case(name: &'static str, kinds: &'static [Kind], shape: Shape, work: Wo
     }
 }
 
-const fn to(subscribers: usize) -> Shape {
+pub const fn to(subscribers: usize) -> Shape {
     Shape {
         subscribers,
         topics: 1,
@@ -221,18 +221,20 @@ fn sizing() -> Result<Vec<Figure>> {
 /// memory, without the clients' own; what of that is resident in the server.
 fn grown(kind: Kind, shape: Shape) -> Result<[f64; 3]> {
     let server = Server::start(kind, &[])?;
-    let now = |server: &Server| {
-        let bytes = [available_memory(), resident("self"), server.resident()];
-        bytes.map(|bytes| bytes as f64 / 1024.0 / 1024.0)
-    };
-    // The kernel takes back what an earlier case left.
-    thread::sleep(Duration::from_millis(500));
-    let before = now(&server);
+    let before = memory_now(&server);
     let mut load = Load::start(server, shape)?;
     load.at_rate(10.0, Duration::from_secs(1))?;
-    let after = now(&load.server);
+    let after = memory_now(&load.server);
     let total = (before[0] - after[0]) - (after[1] - before[1]);
     Ok([before[2], total, after[2] - before[2]])
+}
+
+/// MiB: what is free in the machine, what is resident here, and in the server.
+pub fn memory_now(server: &Server) -> [f64; 3] {
+    // The kernel takes back what was left a moment ago.
+    thread::sleep(Duration::from_millis(500));
+    let bytes = [available_memory(), resident("self"), server.resident()];
+    bytes.map(|bytes| bytes as f64 / 1024.0 / 1024.0)
 }
 
 /// Median round trip of a submission, one every 20 ms, as subscribers grow.
@@ -309,7 +311,7 @@ fn bodies() -> Result<Vec<Figure>> {
     Ok(figures)
 }
 
-fn connection(server: &Server) -> Result<TcpStream> {
+pub fn connection(server: &Server) -> Result<TcpStream> {
     let stream = TcpStream::connect(server.address)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;

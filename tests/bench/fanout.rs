@@ -5,13 +5,14 @@
 //! and in order, or the case has failed and the benchmark with it.
 //!
 //! `cargo bench --bench fanout -- [--case NAME,…] [--runs 3] [--only ours,nchan,…] [--seconds 2]`;
-//! a NAME that is no case stands for those that begin with it.
+//! a NAME that is no case stands for those that begin with it. Or `-- scale`: see `scale.rs`.
 
 mod cases;
 mod client;
 mod publish;
 mod reference;
 mod report;
+mod scale;
 mod servers;
 
 use std::process::ExitCode;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1).peekable();
     let outcome = match arguments.peek().map(String::as_str) {
         Some("reference") => reference::serve(),
+        Some("scale") => scale::run(),
         _ => options(arguments).and_then(run),
     };
     match outcome {

@@ -221,7 +221,7 @@ fn median(values: &[f64]) -> Option<f64> {
 }
 
 /// Three digits that matter, and a comma between thousands.
-fn number(value: f64) -> String {
+pub fn number(value: f64) -> String {
     match value {
         _ if value.abs() < 10.0 => format!("{value:.2}"),
         _ if value.abs() < 100.0 => format!("{value:.1}"),
@@ -236,7 +236,7 @@ fn number(value: f64) -> String {
 }
 
 /// What the figures were measured on.
-fn machine() -> String {
+pub fn machine() -> String {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(0, |cores| cores.get());
     let version =

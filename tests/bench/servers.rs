@@ -113,6 +113,11 @@ impl Server {
         resident(&worker.to_string())
     }
 
+    /// How many descriptors its first process has open.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.child.id())).map_or(0, Iterator::count)
+    }
+
     fn processes(&self) -> Vec<u32> {
         let pid = self.child.id();
         let path = format!("/proc/{pid}/task/{pid}/children");
