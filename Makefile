@@ -46,7 +46,7 @@ fuzz: target/tools/bin/cargo-fuzz ## coverage-guided fuzzing of tokens and reque
 	  tests/fuzz/seeds/$$target -- -max_total_time=$(or $(SECONDS),60) -timeout=10 \
 	  -artifact_prefix=target/fuzz/$$target- || exit 1; done
 
-bench: tools ## the fan-out benchmark against nginx with nchan; about ten minutes
+bench: tools ## the fan-out benchmark against others; ARGS=scale: up to 15,000 streams
 	cargo build --release $(WITH_REDIS)
 	cargo bench --bench fanout -- $(ARGS)
 

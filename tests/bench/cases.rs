@@ -13,8 +13,8 @@ use crate::servers::{Kind, Server, available_memory, resident, round_trip};
 
 pub struct Case {
     pub name: &'static str,
-    /// Whether nchan takes part.
-    pub peer: bool,
+    /// Who takes part.
+    pub kinds: &'static [Kind],
     shape: Shape,
     work: Work,
 }
@@ -66,49 +66,53 @@ const BATCHES: Shape = Shape {
     ..to(1000)
 };
 
+const ALONE: &[Kind] = &[Kind::Ours];
+const BOTH: &[Kind] = &[Kind::Ours, Kind::Nchan];
+/// What people would pick instead.
+const PICKED: &[Kind] = &[Kind::Ours, Kind::Nchan, Kind::BetterSse];
+const LIMIT: &[Kind] = &[Kind::Ours, Kind::Nchan, Kind::Reference];
+
 pub const CASES: &[Case] = &[
-    both("connect-5000", to(5000), Work::Connect),
-    both("flat-100", to(100), WINDOWS),
-    both("flat-1000", to(1000), WINDOWS),
-    both("flat-5000", to(5000), WINDOWS),
-    both("flat-9000", to(9000), WINDOWS),
-    both("rate-1000x30", to(1000), Work::Rate(30.0)),
-    both("rate-5000x5", to(5000), Work::Rate(5.0)),
-    both("redis-3x1000", to(3000), Work::RedisFlat(&[8, 32])),
-    both("redis-3x3000", to(9000), Work::RedisFlat(&[8, 32])),
-    both("redis-rate-3x1000x10", to(3000), Work::RedisRate(10.0)),
-    both("redis-submissions", to(0), Work::RedisSubmissions),
-    ours("redis-4x11250", to(45_000), Work::RedisMany),
-    both("topics-1000", TOPICS, WINDOWS),
-    both("big-8k", BIG, WINDOWS),
-    both("batch-10", BATCHES, Work::Flat(&[40])),
-    both("memory-5000", to(5000), Work::Memory),
-    both("memory-9000", to(9000), Work::Memory),
-    ours("idle-10000", to(10_000), Work::Idle),
-    ours("idle-9000x60", OWN_TOPICS, Work::Idle),
-    ours("sizing", to(0), Work::Sizing),
-    ours("publish-cost", to(0), Work::PublishCost),
-    ours("idle-submissions", to(0), Work::IdleSubmissions),
-    ours("bodies", to(0), Work::Bodies),
+    case("connect-5000", PICKED, to(5000), Work::Connect),
+    case("flat-100", PICKED, to(100), WINDOWS),
+    case("flat-1000", &Kind::ALL, to(1000), WINDOWS),
+    case("flat-5000", LIMIT, to(5000), WINDOWS),
+    case("flat-9000", BOTH, to(9000), WINDOWS),
+    case("rate-1000x30", &Kind::ALL, to(1000), Work::Rate(30.0)),
+    case("rate-5000x5", BOTH, to(5000), Work::Rate(5.0)),
+    case("redis-3x1000", BOTH, to(3000), Work::RedisFlat(&[8, 32])),
+    case("redis-3x3000", BOTH, to(9000), Work::RedisFlat(&[8, 32])),
+    case(
+        "redis-rate-3x1000x10",
+        BOTH,
+        to(3000),
+        Work::RedisRate(10.0),
+    ),
+    case("redis-submissions", BOTH, to(0), Work::RedisSubmissions),
+    case("redis-4x11250", ALONE, to(45_000), Work::RedisMany),
+    case("topics-1000", BOTH, TOPICS, WINDOWS),
+    case("big-8k", BOTH, BIG, WINDOWS),
+    case("batch-10", BOTH, BATCHES, Work::Flat(&[40])),
+    case("memory-5000", BOTH, to(5000), Work::Memory),
+    case("memory-9000", BOTH, to(9000), Work::Memory),
+    case("idle-10000", ALONE, to(10_000), Work::Idle),
+    case("idle-9000x60", ALONE, OWN_TOPICS, Work::Idle),
+    case("sizing", ALONE, to(0), Work::Sizing),
+    case("publish-cost", ALONE, to(0), Work::PublishCost),
+    case("idle-submissions", ALONE, to(0), Work::IdleSubmissions),
+    case("bodies", ALONE, to(0), Work::Bodies),
 ];
 
-const fn both(name: &'static str, shape: Shape, work: Work) -> Case {
+const fn case(name: &'static str, kinds: &'static [Kind], shape: Shape, work: Work) -> Case {
     Case {
         name,
-        peer: true,
+        kinds,
         shape,
         work,
     }
 }
 
-const fn ours(name: &'static str, shape: Shape, work: Work) -> Case {
-    Case {
-        peer: false,
-        ..both(name, shape, work)
-    }
-}
-
-const fn to(subscribers: usize) -> Shape {
+pub const fn to(subscribers: usize) -> Shape {
     Shape {
         subscribers,
         topics: 1,
@@ -237,18 +241,20 @@ fn sizing() -> Result<Vec<Figure>> {
 /// memory, without the clients' own; what of that is resident in the server.
 fn grown(kind: Kind, shape: Shape) -> Result<[f64; 3]> {
     let server = Server::start(kind, &[])?;
-    let now = |server: &Server| {
-        let bytes = [available_memory(), resident("self"), server.resident()];
-        bytes.map(|bytes| bytes as f64 / 1024.0 / 1024.0)
-    };
-    // The kernel takes back what an earlier case left.
-    thread::sleep(Duration::from_millis(500));
-    let before = now(&server);
+    let before = memory_now(&server);
     let mut load = Load::start(server, shape)?;
     load.at_rate(10.0, Duration::from_secs(1))?;
-    let after = now(&load.server);
+    let after = memory_now(&load.server);
     let total = (before[0] - after[0]) - (after[1] - before[1]);
     Ok([before[2], total, after[2] - before[2]])
+}
+
+/// MiB: what is free in the machine, what is resident here, and in the server.
+pub fn memory_now(server: &Server) -> [f64; 3] {
+    // The kernel takes back what was left a moment ago.
+    thread::sleep(Duration::from_millis(500));
+    let bytes = [available_memory(), resident("self"), server.resident()];
+    bytes.map(|bytes| bytes as f64 / 1024.0 / 1024.0)
 }
 
 /// Median round trip of a submission, one every 20 ms, as subscribers grow.
@@ -324,7 +330,7 @@ fn bodies() -> Result<Vec<Figure>> {
     Ok(figures)
 }
 
-fn connection(server: &Server) -> Result<TcpStream> {
+pub fn connection(server: &Server) -> Result<TcpStream> {
     let stream = TcpStream::connect(server.address)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;

@@ -317,7 +317,7 @@ impl Subscriber {
                     return Ok(at);
                 };
                 let line = &rest[..end];
-                let known = [&b":"[..], b"id: ", b"retry: "];
+                let known = [&b":"[..], b"id:", b"retry:", b"event:message"];
                 if !line.is_empty() && !known.iter().any(|start| line.starts_with(start)) {
                     let line = String::from_utf8_lossy(line);
                     return Err(format!("a line that nobody sent: {line}").into());

@@ -1,17 +1,19 @@
-//! Fan-out benchmark: this server against nginx with nchan, on one machine, in one run.
+//! Fan-out benchmark: this server against others, on one machine, in one run.
 //!
-//! This process is the load generator, the same for both servers; each server is a child process,
+//! This process is the load generator, the same for all servers; each server is a child process,
 //! started afresh for each case. Every delivery is checked: each subscriber gets every event once
 //! and in order, or the case has failed and the benchmark with it.
 //!
-//! `cargo bench --bench fanout -- [--case NAME,…] [--runs 3] [--only ours|nchan] [--seconds 2]`;
-//! a NAME that is no case stands for those that begin with it.
+//! `cargo bench --bench fanout -- [--case NAME,…] [--runs 3] [--only ours,nchan,…] [--seconds 2]`;
+//! a NAME that is no case stands for those that begin with it. Or `-- scale`: see `scale.rs`.
 
 mod cases;
 mod client;
 mod publish;
 mod redis;
+mod reference;
 mod report;
+mod scale;
 mod servers;
 
 use std::process::ExitCode;
@@ -31,14 +33,13 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    let words: Vec<_> = std::env::args().skip(1).collect();
-    if let [name, addresses] = &words[..]
-        && name == "herd"
-    {
-        redis::herd(addresses).expect("clients that hear everything");
-        return ExitCode::SUCCESS;
-    }
-    let outcome = options(std::env::args().skip(1)).and_then(run);
+    let mut arguments = std::env::args().skip(1).peekable();
+    let outcome = match arguments.peek().map(String::as_str) {
+        Some("reference") => reference::serve(),
+        Some("scale") => scale::run(),
+        Some("herd") => redis::herd(&arguments.nth(1).expect("addresses")).map(|()| true),
+        _ => options(arguments).and_then(run),
+    };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
@@ -56,12 +57,12 @@ fn run(options: Options) -> Result<bool> {
     for run in 0..options.runs {
         for case in &options.cases {
             let mut kinds = options.kinds.clone();
-            kinds.retain(|kind| case.peer || *kind == Kind::Ours);
+            kinds.retain(|kind| case.kinds.contains(kind));
             if run % 2 == 1 {
                 kinds.reverse();
             }
             for kind in kinds {
-                eprint!("run {} {:<16} {:<5}", run + 1, case.name, kind.name());
+                eprint!("run {} {:<16} {:<9}", run + 1, case.name, kind.name());
                 report.add(case.name, kind, case.measure(kind, options.time));
             }
         }
@@ -73,7 +74,7 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
     let mut options = Options {
         cases: CASES.iter().collect(),
         runs: 3,
-        kinds: vec![Kind::Ours, Kind::Nchan],
+        kinds: Kind::ALL.into(),
         time: Duration::from_secs(2),
     };
     while let Some(name) = arguments.next() {
@@ -86,13 +87,15 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
             ("--case", names) => options.cases = names.split(',').flat_map(named).collect(),
             ("--runs", number) => options.runs = number.parse()?,
             ("--seconds", number) => options.time = Duration::from_secs_f64(number.parse()?),
-            ("--only", "ours") => options.kinds = vec![Kind::Ours],
-            ("--only", "nchan") => options.kinds = vec![Kind::Nchan],
+            ("--only", only) => {
+                let named = |kind: &Kind| only.split(',').any(|name| name == kind.name());
+                options.kinds.retain(named);
+            }
             _ => return Err(format!("unknown: {name} {value}").into()),
         }
     }
-    match options.cases.is_empty() {
-        true => Err("no such case".into()),
+    match options.cases.is_empty() || options.kinds.is_empty() {
+        true => Err("no such case, or no such server".into()),
         false => Ok(options),
     }
 }

@@ -13,29 +13,37 @@ use crate::servers::{Kind, NGINX};
 pub const BUSY: &str = "% busy";
 
 enum Goal {
-    /// Ours divided by nchan's.
+    /// Ours divided by the other's.
     AtLeast(f64),
     AtMost(f64),
-    /// In the figure's own unit, whatever nchan does.
+    /// In the figure's own unit, whatever others do.
     Below(f64),
 }
 
-fn goal(case: &str, figure: &str) -> Option<Goal> {
+fn goal(other: Kind, case: &str, figure: &str) -> Option<Goal> {
     let is = |start: &str| figure.starts_with(start);
-    match case {
-        "flat-100" if figure == "flat out, 8 ahead" => Some(Goal::AtLeast(3.0)),
-        "flat-1000" | "flat-5000" if figure == "flat out, 8 ahead" => Some(Goal::AtLeast(5.0)),
-        "flat-9000" if figure == "flat out, 8 ahead" => Some(Goal::AtLeast(6.0)),
-        "redis-3x1000" | "redis-3x3000" if is("flat out") => Some(Goal::AtLeast(3.0)),
-        "redis-rate-3x1000x10" if is("p99") => Some(Goal::AtMost(1.0)),
-        "topics-1000" if is("flat out") => Some(Goal::AtLeast(1.3)),
-        "rate-1000x30" | "rate-5000x5" if is("p99") => Some(Goal::AtMost(0.7)),
-        "rate-1000x30" | "rate-5000x5" if is("CPU") => Some(Goal::AtMost(1.0)),
-        "connect-5000" => Some(Goal::AtMost(2.0)),
-        "memory-5000" | "memory-9000" if is("memory, kernel") => Some(Goal::Below(10.0)),
-        "idle-10000" if figure == "CPU" => Some(Goal::Below(1.0)),
-        "idle-9000x60" if figure == "CPU" => Some(Goal::Below(3.0)),
-        "idle-9000x60" if is("p99") => Some(Goal::Below(10.0)),
+    match (other, case) {
+        (Kind::Reference, _) if is("flat out") => Some(Goal::AtLeast(0.8)),
+        (Kind::Reference, _) if is("CPU") => Some(Goal::AtMost(1.3)),
+        (Kind::Reference, _) if is("p99") => Some(Goal::AtMost(1.5)),
+        (Kind::Nchan, "flat-100") if is("flat out, 8 ") => Some(Goal::AtLeast(3.0)),
+        (Kind::Nchan, "flat-1000") if is("flat out, 8 ") => Some(Goal::AtLeast(5.0)),
+        (Kind::Nchan, "flat-5000") if is("flat out, 8 ") => Some(Goal::AtLeast(5.0)),
+        (Kind::Nchan, "flat-9000") if is("flat out, 8 ") => Some(Goal::AtLeast(6.0)),
+        (Kind::Nchan, "redis-3x1000" | "redis-3x3000") if is("flat out") => {
+            Some(Goal::AtLeast(3.0))
+        }
+        (Kind::Nchan, "redis-rate-3x1000x10") if is("p99") => Some(Goal::AtMost(1.0)),
+        (Kind::Nchan, "topics-1000") if is("flat out") => Some(Goal::AtLeast(2.0)),
+        (Kind::Nchan, "rate-1000x30" | "rate-5000x5") if is("p99") => Some(Goal::AtMost(0.7)),
+        (Kind::Nchan, "rate-1000x30" | "rate-5000x5") if is("CPU") => Some(Goal::AtMost(1.0)),
+        (Kind::Nchan, "connect-5000") => Some(Goal::AtMost(1.5)),
+        (Kind::Nchan, "memory-5000" | "memory-9000") if is("memory, kernel") => {
+            Some(Goal::Below(10.0))
+        }
+        (Kind::Ours, "idle-10000") if figure == "CPU" => Some(Goal::Below(1.0)),
+        (Kind::Ours, "idle-9000x60") if figure == "CPU" => Some(Goal::Below(3.0)),
+        (Kind::Ours, "idle-9000x60") if is("p99") => Some(Goal::Below(10.0)),
         _ => None,
     }
 }
@@ -45,7 +53,7 @@ struct Row {
     case: &'static str,
     figure: String,
     unit: &'static str,
-    values: [Vec<f64>; 2],
+    values: [Vec<f64>; Kind::ALL.len()],
 }
 
 #[derive(Default)]
@@ -81,15 +89,29 @@ impl Report {
     /// Prints and writes the table and the plot. False if a case has failed.
     pub fn finish(&self, runs: usize) -> Result<bool> {
         let (busy, rows): (Vec<_>, Vec<_>) = self.rows.iter().partition(|row| row.unit == BUSY);
-        let mut text = format!("Medians of {runs} runs on {}.\n\n", machine());
-        text += "| case | figure | ours | nchan | ratio | goal | met |\n";
-        text += "|---|---|--:|--:|--:|---|---|\n";
-        for row in &rows {
-            writeln!(text, "{}", row.line())?;
+        let mut text = format!("Medians of {runs} runs on {}.\n", machine());
+        // A table for each other server, and one for the figures that only ours has.
+        for other in Kind::ALL.into_iter().skip(1).chain([Kind::Ours]) {
+            let mut lines = rows.iter().filter(|row| row.belongs_to(other)).peekable();
+            if lines.peek().is_some() {
+                let name = if other == Kind::Ours {
+                    ""
+                } else {
+                    other.name()
+                };
+                writeln!(
+                    text,
+                    "\n| case | figure | sse-server | {name} | ratio | goal | met |"
+                )?;
+                writeln!(text, "|---|---|--:|--:|--:|---|---|")?;
+            }
+            for row in lines {
+                writeln!(text, "{}", row.line(other))?;
+            }
         }
         let busiest = busy.iter().flat_map(|row| row.values.iter().flatten());
         let busiest = busiest.fold(0.0, |most: f64, share| most.max(*share));
-        write!(text, "\nRatio: ours divided by nchan's. ")?;
+        write!(text, "\nRatio: ours divided by the other's. ")?;
         write!(
             text,
             "The load generator used at most {busiest:.0} % of a core. "
@@ -138,7 +160,7 @@ fn plot(rows: &[&Row]) -> Result<String> {
             r#"<rect x="{from}" y="{top}" width="{width}" height="17" fill="{colour}"/>
 <text x="20" y="{middle}">{case}: {figure}</text><text x="{after}" y="{middle}">{better:.2}×</text>"#
         )?;
-        let mark = match goal(row.case, &row.figure) {
+        let mark = match goal(Kind::Nchan, row.case, &row.figure) {
             Some(Goal::AtLeast(times)) => x(times),
             Some(Goal::AtMost(times)) => x(1.0 / times),
             _ => continue,
@@ -152,13 +174,22 @@ fn plot(rows: &[&Row]) -> Result<String> {
 }
 
 impl Row {
-    fn ratio(&self) -> Option<f64> {
-        Some(median(&self.values[0])? / median(&self.values[1])?)
+    /// Whether the other server has this figure; of ours, whether no other has it.
+    fn belongs_to(&self, other: Kind) -> bool {
+        match other {
+            Kind::Ours => self.values[1..].iter().all(Vec::is_empty),
+            _ => !self.values[other as usize].is_empty(),
+        }
+    }
+
+    fn ratio(&self, other: Kind) -> Option<f64> {
+        let [ours, others] = [Kind::Ours, other].map(|kind| median(&self.values[kind as usize]));
+        Some(ours? / others?).filter(|_| other != Kind::Ours)
     }
 
     /// How many times better than nchan: more of a rate, less of anything else.
     fn better(&self) -> Option<f64> {
-        let ratio = self.ratio()?;
+        let ratio = self.ratio(Kind::Nchan)?;
         Some(if self.unit == "/s" {
             ratio
         } else {
@@ -166,23 +197,24 @@ impl Row {
         })
     }
 
-    fn line(&self) -> String {
+    fn line(&self, other: Kind) -> String {
         let Self {
             case, figure, unit, ..
         } = self;
-        let medians = [0, 1].map(|server| median(&self.values[server]));
+        let medians = [Kind::Ours, other].map(|kind| median(&self.values[kind as usize]));
         let show = |value| number(value) + " " + unit;
-        let [ours, nchan] = medians.map(|value| value.map_or("–".into(), show));
-        let ratio = self.ratio();
-        let (goal, met) = match goal(case, figure) {
+        let [ours, others] = medians.map(|value| value.map_or("–".into(), show));
+        let others = if other == Kind::Ours { "" } else { &others };
+        let ratio = self.ratio(other);
+        let (goal, met) = match goal(other, case, figure) {
             Some(Goal::AtLeast(least)) => (format!("≥ {least}×"), ratio.map(|r| r >= least)),
             Some(Goal::AtMost(most)) => (format!("≤ {most}×"), ratio.map(|r| r <= most)),
             Some(Goal::Below(most)) => (format!("≤ {most} {unit}"), medians[0].map(|o| o <= most)),
             None => (String::new(), None),
         };
         let met = met.map_or("", |met| if met { "yes" } else { "**no**" });
-        let ratio = ratio.map_or("–".into(), |ratio| format!("{ratio:.2}×"));
-        format!("| {case} | {figure} | {ours} | {nchan} | {ratio} | {goal} | {met} |")
+        let ratio = ratio.map_or(String::new(), |ratio| format!("{ratio:.2}×"));
+        format!("| {case} | {figure} | {ours} | {others} | {ratio} | {goal} | {met} |")
     }
 }
 
@@ -193,7 +225,7 @@ fn median(values: &[f64]) -> Option<f64> {
 }
 
 /// Three digits that matter, and a comma between thousands.
-fn number(value: f64) -> String {
+pub fn number(value: f64) -> String {
     match value {
         _ if value.abs() < 10.0 => format!("{value:.2}"),
         _ if value.abs() < 100.0 => format!("{value:.1}"),
@@ -208,7 +240,7 @@ fn number(value: f64) -> String {
 }
 
 /// What the figures were measured on.
-fn machine() -> String {
+pub fn machine() -> String {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(0, |cores| cores.get());
     let version =

@@ -1,4 +1,4 @@
-//! The two servers under test, each a child process with a port of its own, and how they are asked.
+//! The servers under test, each a child process with a port of its own, and how they are asked.
 
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -21,13 +21,21 @@ const NCHAN_MODULE: &str = "/usr/lib/nginx/modules/ngx_nchan_module.so";
 pub enum Kind {
     Ours,
     Nchan,
+    /// The npm package, in node.
+    BetterSse,
+    /// See `reference.rs`.
+    Reference,
 }
 
 impl Kind {
+    pub const ALL: [Kind; 4] = [Kind::Ours, Kind::Nchan, Kind::BetterSse, Kind::Reference];
+
     pub fn name(self) -> &'static str {
         match self {
             Kind::Ours => "ours",
             Kind::Nchan => "nchan",
+            Kind::BetterSse => "better-sse",
+            Kind::Reference => "reference",
         }
     }
 }
@@ -49,6 +57,8 @@ impl Server {
         match kind {
             Kind::Ours => start_ours(settings),
             Kind::Nchan => start_nchan(settings),
+            Kind::BetterSse => start_better_sse(),
+            Kind::Reference => start_reference(),
         }
     }
 
@@ -60,7 +70,7 @@ impl Server {
         }
     }
 
-    /// The request of a subscriber to these topics; to nchan, to the first of them.
+    /// The request of a subscriber to these topics; to others, to the first of them.
     pub fn subscription(&self, topics: &[String]) -> Vec<u8> {
         #[derive(Serialize)]
         struct Payload<'a> {
@@ -68,14 +78,14 @@ impl Server {
         }
         let path = match self.kind {
             Kind::Ours => format!("/events?token={}", token(&Payload { topics })),
-            Kind::Nchan => format!("/sub/{}", topics[0]),
+            _ => format!("/sub/{}", topics[0]),
         };
         // nchan answers 403 without this Accept.
         format!("GET {path} HTTP/1.1\r\nHost: bench\r\nAccept: text/event-stream\r\n\r\n").into()
     }
 
     /// The bytes that publish these (topic, data): one submission to ours, and as many posts to
-    /// nchan, which has no batches.
+    /// others, which have no batches.
     pub fn publication(&self, events: &[(String, String)]) -> Vec<u8> {
         #[derive(Serialize)]
         struct Event<'a> {
@@ -86,7 +96,7 @@ impl Server {
         struct Payload<'a> {
             events: Vec<Event<'a>>,
         }
-        if self.kind == Kind::Nchan {
+        if self.kind != Kind::Ours {
             let post = |(topic, data): &(_, String)| post(&format!("/pub/{topic}"), data);
             return events.iter().flat_map(post).collect();
         }
@@ -99,7 +109,7 @@ impl Server {
     pub fn answers(&self, events: usize) -> usize {
         match self.kind {
             Kind::Ours => 1,
-            Kind::Nchan => events,
+            _ => events,
         }
     }
 
@@ -114,6 +124,11 @@ impl Server {
     pub fn resident(&self) -> u64 {
         let worker = self.processes().pop().expect("at least the child");
         resident(&worker.to_string())
+    }
+
+    /// How many descriptors its first process has open.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.child.id())).map_or(0, Iterator::count)
     }
 
     fn processes(&self) -> Vec<u32> {
@@ -146,28 +161,53 @@ fn start_ours(settings: &[(&str, &str)]) -> Result<Server> {
     let binary = binary.map(|it| if shared { redis::binary() } else { it });
     let binary = binary.ok_or("SSE_SERVER_BIN must name the server")?;
     let secret: String = KEY.iter().map(|byte| format!("{byte:02x}")).collect();
-    let mut child = Command::new(&binary)
+    let mut command = Command::new(&binary);
+    command
         .env_clear()
         .env("SSE_SECRET", secret)
         .env("SSE_LISTEN", "127.0.0.1:0")
         .env("SSE_MAX_SUBSCRIBERS", "10000")
-        .envs(settings.iter().copied())
+        .envs(settings.iter().copied());
+    listening(Kind::Ours, command)
+}
+
+fn start_better_sse() -> Result<Server> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let package = root.join("target/bench/node_modules/better-sse/build/index.mjs");
+    if !package.exists() {
+        return Err("better-sse is missing: sh tests/tools.sh, with npm".into());
+    }
+    let mut command = Command::new("node");
+    command.arg(root.join("tests/bench/better-sse.mjs"));
+    command.arg(package);
+    listening(Kind::BetterSse, command)
+}
+
+fn start_reference() -> Result<Server> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("reference");
+    listening(Kind::Reference, command)
+}
+
+/// Starts a server that says in its first line where it listens.
+fn listening(kind: Kind, mut command: Command) -> Result<Server> {
+    let mut child = command
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(|error| format!("{binary}: {error}"))?;
+        .map_err(|error| format!("{command:?}: {error}"))?;
     let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
     let line = lines.next().ok_or("the server said nothing")??;
     let address = line.split("listening on ").nth(1);
     let address = address.and_then(|rest| rest.split([',', ' ']).next()?.parse().ok());
     // What else it says is worth seeing, and a full pipe would block it.
     let rest = lines.map_while(|line| line.ok());
-    thread::spawn(move || rest.for_each(|line| eprintln!("    ours: {line}")));
+    thread::spawn(move || rest.for_each(|line| eprintln!("    {}: {line}", kind.name())));
     let Some(address) = address else {
         let _ = child.kill();
         return Err(format!("no start line but: {line}").into());
     };
     Ok(Server {
-        kind: Kind::Ours,
+        kind,
         address,
         others: Vec::new(),
         redis: None,
