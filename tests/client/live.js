@@ -7,16 +7,18 @@
 //   on: { name(event) {} }, // your events by name ("message": without one): event.data, event.type
 //   resume: false,          // whether your backend passes `last_event_id` of its query on to the
 //                           // server's; then what was missed is sent, or an `open` follows
+//   withCredentials: false, // whether your backend is of another origin and reads a cookie
 // });
 //
 // One tab holds a lock and the stream, and passes events on to the others, which lifts HTTP/1.1's
 // limit of six connections. When it is closed or crashes, the browser gives the lock to the next.
 // Tabs share by address: where what is sent depends on who asks, put that into it ("/events?user=7").
 // Where a browser has no Web Locks (pages without HTTPS, but for localhost) each tab has a stream.
+// It lasts as long as the page, which has to be loaded anew when its user logs in or out.
 //
 // The server's heartbeats are comments, which no page sees: that a connection is dead is noticed by
 // the browser (by TCP's keep-alive, within minutes), and here by what it tells of its network.
-export function live(url, { open, status, on, resume = false }) {
+export function live(url, { open, status, on, resume = false, withCredentials = false }) {
   const name = `live ${new URL(url, location.href)}`;
   const types = new Set(["stream-reset", ...Object.keys(on)]); // and those of the other tabs
   let channel, asked = 0; // to the other tabs; how often the one that leads was, and gave no answer
@@ -60,7 +62,7 @@ export function live(url, { open, status, on, resume = false }) {
     const resuming = resume && lastId;
     if (resuming) address.searchParams.set("last_event_id", lastId);
     timer = clearTimeout(timer);
-    source = new EventSource(address);
+    source = new EventSource(address, { withCredentials });
     source.onopen = (event) => {
       if (event instanceof MessageEvent) return;
       failures = 0;

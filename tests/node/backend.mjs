@@ -6,14 +6,16 @@ import Branca from "branca";
 
 const PUSH_URL = process.env.PUSH_URL ?? "http://127.0.0.1:8000"; // as this backend reaches it
 const PUSH_PUBLIC_URL = process.env.PUSH_PUBLIC_URL ?? PUSH_URL; // as browsers reach it
-const branca = Branca(process.env.SSE_SECRET.split(",")[0]);
+if (!process.env.SSE_SECRET) throw new Error("SSE_SECRET is not set");
+const branca = Branca(process.env.SSE_SECRET.split(",")[0].trim());
 
 // Where to send a browser that may read these topics.
 function eventsUrl(...topics) {
   return `${PUSH_PUBLIC_URL}/events?token=${branca.encode(encode({ topics }))}`;
 }
 
-// Delivers all of the events, in order, or none: publish({ topic, event, data }, …)
+// Delivers all of the events, in order, or none: publish({ topic, event, data }, …). Where it throws,
+// what was changed before stays changed: log it, and do not let the user do it twice.
 async function publish(...events) {
   const answer = await fetch(`${PUSH_URL}/submit`, {
     method: "POST",
@@ -26,16 +28,20 @@ async function publish(...events) {
 
 // An application that uses both: GET /events to listen, POST /news to tell everyone.
 const server = createServer(async (request, response) => {
+  const { pathname } = new URL(request.url, "http://localhost");
+  // For pages of another origin every answer here needs a field (with cookies one more: see the README):
+  // response.setHeader("Access-Control-Allow-Origin", "https://app.example");
   try {
-    if (request.method === "GET" && request.url === "/events") {
+    if (request.method === "GET" && pathname === "/events") { // check here who asks
       response.writeHead(307, { Location: eventsUrl("news"), "Cache-Control": "no-store" }).end();
-    } else if (request.method === "POST" && request.url === "/news") {
+    } else if (request.method === "POST" && pathname === "/news") {
       const receipt = await publish({ topic: "news", event: "", data: await text(request) });
       response.end(JSON.stringify(receipt));
     } else {
       response.writeHead(404).end();
     }
   } catch (error) {
+    console.warn(error.message, error.cause ?? "");
     response.writeHead(502).end(error.message);
   }
 });

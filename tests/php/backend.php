@@ -1,6 +1,7 @@
 <?php
 // The backend's side of sse-server in PHP. On Debian: apt install php-cli php-curl php-gmp php-msgpack
 // (sodium is built in). To try it: SSE_SECRET=… php -S 127.0.0.1:3000 backend.php
+// php-fpm hides the environment: its pool needs env[SSE_SECRET] = …, and env[PUSH_PUBLIC_URL] = /push.
 declare(strict_types=1);
 
 define('PUSH_URL', getenv('PUSH_URL') ?: 'http://127.0.0.1:8000'); // as this backend reaches it
@@ -9,7 +10,9 @@ define('PUSH_PUBLIC_URL', getenv('PUSH_PUBLIC_URL') ?: PUSH_URL); // as browsers
 // A Branca token: XChaCha20-Poly1305 in base62, under the first of the secrets.
 function mint(array $payload): string
 {
-    $key = sodium_hex2bin(trim(explode(',', getenv('SSE_SECRET'))[0])); // 64 digits stand for 32 bytes
+    $digits = trim(explode(',', (string) getenv('SSE_SECRET'))[0]); // 64 of them stand for 32 bytes
+    ctype_xdigit($digits) && strlen($digits) === 64 || throw new RuntimeException('SSE_SECRET is not set');
+    $key = sodium_hex2bin($digits);
     $nonce = random_bytes(24);
     $head = pack('CN', 0xBA, time()) . $nonce;
     $sealed = sodium_crypto_aead_xchacha20poly1305_ietf_encrypt(msgpack_pack($payload), $head, $nonce, $key);
@@ -26,7 +29,7 @@ function eventsUrl(string ...$topics): string
 function publish(array ...$events): string
 {
     static $push = null;
-    $push ??= curl_init(PUSH_URL . '/submit'); // its connection is kept for the next one
+    $push ??= curl_init(PUSH_URL . '/submit'); // its connection is kept for the next one of this request
     curl_setopt_array($push, [
         CURLOPT_POSTFIELDS => mint(['events' => $events]),
         CURLOPT_RETURNTRANSFER => true,
@@ -39,7 +42,8 @@ function publish(array ...$events): string
     return $answer; // {"events": …, "deliveries": …}
 }
 
-// An application that uses both: GET /events to listen, POST /news to tell everyone.
+// What is above is for your application, in a file of its own. One that uses both: GET /events to listen,
+// POST /news to tell everyone.
 $request = $_SERVER['REQUEST_METHOD'] . ' ' . parse_url($_SERVER['REQUEST_URI'], PHP_URL_PATH);
 if ($request === 'GET /events') { // check here who asks
     header('Cache-Control: no-store');
@@ -47,7 +51,7 @@ if ($request === 'GET /events') { // check here who asks
 } elseif ($request === 'POST /news') {
     try {
         echo publish(['topic' => 'news', 'data' => file_get_contents('php://input')]);
-    } catch (RuntimeException $error) {
+    } catch (RuntimeException $error) { // in yours: log it; what was changed before stays changed
         http_response_code(502);
         echo $error->getMessage();
     }

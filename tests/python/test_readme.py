@@ -5,6 +5,7 @@ import re
 import secrets
 import subprocess
 import sys
+import time
 
 import pytest
 import requests
@@ -119,14 +120,60 @@ def test_the_page_of_the_application_shows_events_and_recovers(application, brow
     again.stop()
 
 
-def test_the_nginx_lines_mount_it_under_a_path(nginx, serve):
-    server, port = serve(), free_port()
+# No line that would know better than the browser.
+PLAIN = """<!doctype html><script>
+window.heard = [];
+const source = new EventSource("/events");
+source.addEventListener("tick", (event) => heard.push(event.data));
+</script>"""
+
+
+# What the README says of these lines: a page without a script of its own survives its token's end, a
+# server that is away, and a backend that is, as in every deployment; no log holds a token.
+@pytest.mark.timeout(240)
+def test_the_nginx_lines_mount_it_and_a_plain_page_survives(nginx, serve, site, browser):
+    server, backend, port = serve(retry=500, token_ttl=5, renew_url="/events"), site(), free_port()
+    redirect = lambda _: (307, {"Location": f"/push/events?token={server.token('news')}"}, "")
+    away = lambda _: (502, {}, "")
+    backend.pages |= {"/": lambda _: (200, {}, PLAIN), "/events": redirect}
     (lines,) = snippets("nginx")
-    lines = lines.replace("http://127.0.0.1:8000", server.url)
-    nginx(f"server {{ listen 127.0.0.1:{port};\n{lines} }}")
-    stream = subscribe(f"http://127.0.0.1:{port}/push/events?token={server.token('news')}")
-    server.publish("news", "update", "through the path")
-    assert stream.event() == ("update", "through the path")
+    for old, new in {
+        "http://127.0.0.1:8000/": f"{server.url}/",
+        "http://127.0.0.1:5000": backend.url,
+        "/var/log/nginx/": "logs/",
+    }.items():
+        assert old in lines
+        lines = lines.replace(old, new)
+    proxy = nginx(
+        f"server {{ listen 127.0.0.1:{port};\n{lines}\nlocation / {{ proxy_pass {backend.url}; }} }}"
+    )
+    browser.get(f"http://127.0.0.1:{port}/")
+
+    def hears(data):
+        def heard():
+            server.publish("news", "tick", data)
+            return data in browser.execute_script("return window.heard")
+
+        until(heard, f"the page hears {data!r}", within=60)
+
+    hears("first")
+    server.stop()
+    backend.pages["/events"] = away
+    time.sleep(6)
+    server = server.again()
+    backend.pages["/events"] = redirect
+    hears("after an outage of both")
+    # Long enough for the token to expire, so that the way back leads through the backend.
+    backend.pages["/events"] = away
+    time.sleep(8)
+    backend.pages["/events"] = redirect
+    hears("after an outage of the backend")
+    # Nothing else of the server is to be had there.
+    public = f"http://127.0.0.1:{port}/push"
+    assert requests.get(f"{public}/ping", timeout=DEADLINE).status_code == 404
+    assert backend.asked.count("/events") >= 3
+    for log in (proxy.prefix / "logs").iterdir():
+        assert "token=" not in log.read_text(), log.name
 
 
 def test_it_is_short_enough_to_be_read():
