@@ -69,7 +69,10 @@ impl Tool {
             .strip_prefix("http://")
             .and_then(|rest| rest.split_once('/'))
             .expect(location);
-        let push: SocketAddr = authority.parse().expect(location);
+        // The name that was asked for, which need not be the address that it listens on.
+        let push = authority.replace("test:", "127.0.0.1:");
+        assert_ne!(push, authority);
+        let push: SocketAddr = push.parse().expect(location);
         assert_ne!(push, self.addr);
         subscribe(push, &format!("/{path}"))
     }
@@ -149,6 +152,19 @@ fn the_example_shows_its_jobs_from_start_to_end() {
     assert!(again, "the jobs cannot be started again");
     let (number, now) = parsed(&subs[0].message().data);
     assert_eq!((number, now.values().min()), (304, Some(&0)));
+}
+
+/// A tool is restarted like any other service: those who listen are told, and come back.
+#[test]
+fn the_example_says_farewell_when_it_is_ended() {
+    for signal in ["INT", "TERM"] {
+        let mut tool = Tool::start();
+        let mut sub = tool.follow();
+        kill(tool.child.id(), signal);
+        sub.expect_end();
+        assert!(sub.connection.whole, "a break is no farewell");
+        assert_eq!(tool.child.wait().unwrap().code(), Some(0));
+    }
 }
 
 /// Whoever finds the push server by its port still needs a token, and finds nothing else.

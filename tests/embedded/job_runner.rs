@@ -1,11 +1,15 @@
-//! A whole tool around the push server, to be copied: it runs jobs, and every browser that has its
-//! page open sees how far they are. `cargo run --example job_runner [ADDRESS]`; Ctrl-C ends it.
+//! A whole tool around the push server: it runs jobs, and every browser that has its page open sees
+//! how far they are. `cargo run --example job_runner [ADDRESS]`; Ctrl-C or SIGTERM end it.
+//!
+//! To copy it, put this file, page.html, ../client/live.js and ../demo/static/style.css into one folder,
+//! and change the three paths below. It needs `serde_json` and `signal-hook`.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::{collections::BTreeMap, env, error::Error, process};
 use std::{sync::Arc, sync::Mutex, thread, time::Duration};
 
+use signal_hook::{consts::SIGINT, consts::SIGTERM, iterator::Signals};
 use sse_server::{Config, Event, Key, Server};
 
 const JOBS: [&str; 3] = ["Database backup", "Newsletter", "Pictures"];
@@ -34,10 +38,17 @@ fn main() -> Result<(), Box<dyn Error>> {
         running: Mutex::default(),
         state: Mutex::new((0, JOBS.map(|name| (name, 0)).into())),
     };
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
     println!("Open http://{}/", pages.local_addr()?);
     thread::scope(|scope| {
-        scope.spawn(|| {
-            if let Err(error) = tool.push.run() {
+        scope.spawn(move || {
+            _ = signals.forever().next();
+            tool.push.shutdown();
+        });
+        scope.spawn(|| match tool.push.run() {
+            // Every stream has been told.
+            Ok(()) => process::exit(0),
+            Err(error) => {
                 eprintln!("cannot serve events: {error}");
                 process::exit(1);
             }
@@ -97,7 +108,8 @@ impl Tool {
             ["GET", "/events"] => {
                 let (push, token) = (&self.push, self.key.mint_subscription(["jobs"]));
                 let token = token.expect("a valid topic");
-                let url = format!("http://{}/events?token={token}", push.local_addr()?);
+                let (host, port) = (host(&head), push.local_addr()?.port());
+                let url = format!("http://{host}:{port}/events?token={token}");
                 reply(&format!("307 Temporary Redirect\r\nLocation: {url}"), "")
             }
             // PUT, which the pages of other sites cannot make a browser send.
@@ -107,5 +119,16 @@ impl Tool {
             },
             _ => reply("404 Not Found", ""),
         }
+    }
+}
+
+/// The name by which the browser reaches this machine, which is not always an address it listens on.
+fn host(head: &str) -> &str {
+    let mut fields = head.lines().filter_map(|line| line.split_once(':'));
+    let named = fields.find(|(name, _)| name.eq_ignore_ascii_case("host"));
+    let host = named.map_or("127.0.0.1", |(_, value)| value.trim());
+    match host.rsplit_once(':') {
+        Some((name, port)) if !port.ends_with(']') => name,
+        _ => host,
     }
 }
