@@ -31,7 +31,8 @@ pub struct Config {
     /// Address for clients and backends. Default 127.0.0.1:8000; port 0 lets the system choose.
     pub listen: SocketAddr,
     /// Seconds an events token lives, and a stream at most with it, but for two seconds, within
-    /// which it is looked at. Default 86400: a day.
+    /// which it is looked at, and for 300 by which the backend's clock may be ahead. Default 86400:
+    /// a day.
     pub token_ttl: u64,
     /// Where a client with an expired events token is sent for a new one: a path of the same host,
     /// or a URL (so is what begins with two slashes). Default none: it is refused.
@@ -127,7 +128,7 @@ impl Config {
     /// Every number, with its name as a variable and the most that it may be.
     fn numbers(&mut self) -> [(&'static str, &mut u64, u64); 10] {
         [
-            // More could overflow the 32 bits of a token's date.
+            // Thirty years: no more is meant, and a token's date has 32 bits.
             ("SSE_TOKEN_TTL", &mut self.token_ttl, 1_000_000_000),
             ("SSE_SUBMIT_TTL", &mut self.submit_ttl, 1_000_000_000),
             ("SSE_MAX_SUBSCRIBERS", &mut self.max_subscribers, 1_000_000),

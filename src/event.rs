@@ -1,5 +1,6 @@
-//! What is published: a topic and one SSE frame. But for the ids of `relay`, the only place that
-//! knows the syntax of a stream.
+//! What is published: a topic and one SSE frame. No payload forges another: a name has no line end,
+//! and each line of the data becomes one of the frame. But for the ids of `relay`, the only place
+//! that knows the syntax of a stream.
 
 use std::hash::{BuildHasher, RandomState};
 use std::{collections::BTreeSet, sync::Arc};

@@ -13,8 +13,8 @@ use crate::metrics::{Metrics, Reason};
 use crate::subscriber::{Lane, Stream, Subscriber, Turn};
 use crate::{config::Config, error::Refusal, error::ensure};
 
-/// Attempts of a publisher to make room, after which no other may take it. Two that need a part of
-/// a queue rarely take more than one; one that needs all of it would be passed for ever.
+/// The attempt of a publisher to make room from which on no other may take it. Two that need a part
+/// of a queue rarely take more than one; one that needs all of it would be passed for ever.
 const MAX_PASSED: u32 = 5;
 
 /// Subscribers to whom a publisher writes itself, which is quicker than to wake a writer for them.
@@ -65,7 +65,7 @@ pub struct Hub {
     /// Those to be tried again, all `scheduled` still. Locked for a step.
     pub stalled: Mutex<Vec<Arc<Subscriber>>>,
     /// All of them, to be looked at one after the other. Weak: whoever has left drops out of it.
-    /// Locked for looks at a few of them, which wait for nobody.
+    /// Locked for looks at one of 85 of them, in turns that wait for no client.
     pub circle: Mutex<VecDeque<Weak<Subscriber>>>,
     /// No more events are taken. Set under the map's lock, as events are queued.
     pub closed: AtomicBool,

@@ -7,11 +7,12 @@
 //! fills their queues, under the lock of its map; `writer` threads go from `subscriber` to
 //! subscriber and write what waits. `error`, `config` and `metrics` are the ground.
 //!
-//! Who waits for whom: a thread of the pool for its own client, `SSE_READ_TIMEOUT` for each of
-//! first byte, head, body and answer, or until that one is closed to make room, for which whoever
-//! accepts waits; a publisher for the hub's lock, in a burst for the kernel to take what it writes,
-//! and with Redis for that, two seconds at most; a writer for a stream that is due; nobody for a
-//! client that does not read.
+//! Who waits for whom. A thread of the pool for its own client: `SSE_READ_TIMEOUT` for the first
+//! byte, for the head, for the body and for each write of an answer, unless that client is closed
+//! to make room; with Redis also for that, some seconds. Whoever accepts: for a connection to be
+//! let go of that was closed to make room. A publisher: for the hub's lock, in a burst for the
+//! kernel to take what it writes, with Redis two seconds. A writer: for a stream that is due.
+//! Nobody: for a client that does not read.
 //!
 //! ```
 //! use sse_server::{Config, Event, Key, Server};

@@ -83,7 +83,8 @@ impl Counter {
     }
 
     /// Counts one, and logs a line unless there was one in this second: strangers can cause lines,
-    /// of which a disk is to take a few a second at most. (At debug level each stream adds two.)
+    /// of which a disk is to take one a second of each kind at most, a dozen in all. (At debug
+    /// level each stream adds two.)
     pub fn warn(&self, line: impl Display) {
         self.add(1);
         let second = UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();

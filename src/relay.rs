@@ -10,7 +10,8 @@
 //! comes back is judged in the same way, by the id of what it heard last.
 //!
 //! Redis is trusted to keep and to order, and for nothing else: it has no key. Whoever can write to
-//! it can end streams, and repeat a submission however old, but not make one.
+//! it can end streams, fill memory with entries of any size, and repeat a submission however old,
+//! but not make one.
 //!
 //! Locks, in the order in which they may be taken: `RESUMING`, then `at`, then the hub's; `idle`
 //! for a step.
@@ -44,7 +45,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// would be lost on it.
 const IDLE: Duration = Duration::from_secs(5);
 
-/// Entries read at once: at most 8 MiB.
+/// Entries read at once: at most 8 MiB of what servers put there.
 const PAGE: &str = "128";
 
 /// Characters in the longest token: as in the longest body. Opening one takes time by its square.

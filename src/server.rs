@@ -136,10 +136,11 @@ impl Server {
     /// as fast as the readers can be written to: where a queue has no room, the calling thread
     /// helps to write.
     ///
-    /// Checks no token: whoever holds the server may send to every topic.
+    /// Checks no token: whoever holds the server may send to every topic. With Redis it waits for
+    /// that, and the deliveries are not known: 0.
     ///
-    /// # Errors
-    /// For more events than [`Config::queue`], and where the server is about to end.
+    /// # Errors For more events than [`Config::queue`], and where the server is about to end. With
+    /// Redis also for more than 64 KiB, and where Redis did not confirm that it has them.
     pub fn publish(&self, events: &[Event]) -> Result<Receipt, Refusal> {
         self.hub.submit(None, events)
     }
@@ -169,7 +170,7 @@ impl Server {
         ];
         let started = threads.into_iter().try_for_each(|work| self.spawn(work));
         match &started {
-            Ok(()) => self.accept(Some(&self.listener), Door::Public),
+            Ok(()) => self.guard(|| self.accept(Some(&self.listener), Door::Public)),
             Err(_) => self.shutdown(),
         }
         let deadline = Instant::now() + DRAIN;
@@ -179,7 +180,7 @@ impl Server {
         self.hub.end();
         // Whoever still waits for a connection, or for a client: to send, which ends now, and until
         // the deadline to take an answer, which may be that a submission was accepted. Besides
-        // those only requests to Redis are waited for, which take two seconds at most.
+        // those only requests to Redis are waited for, which take some seconds at most.
         while Arc::strong_count(&self.threads) > 1 {
             let late = Instant::now() > deadline;
             let how = if late { Shutdown::Both } else { Shutdown::Read };
@@ -193,7 +194,8 @@ impl Server {
         started
     }
 
-    /// Ends [`Server::run`], which takes no more connections, drains and returns. Does not wait.
+    /// Ends [`Server::run`], which takes no more connections, drains and returns. Does not wait for
+    /// that; takes the hub's lock.
     pub fn shutdown(&self) {
         self.hub.close();
         for listener in [&self.listener].into_iter().chain(&self.metrics_listener) {
@@ -204,18 +206,22 @@ impl Server {
         }
     }
 
-    /// Starts a thread. A panic ends a stream (see `Subscriber::turn`), or a connection (see
-    /// [`Server::work`]), and nothing else. Anywhere else, where a thread would be missing from
-    /// then on and nobody would notice, it ends the server, as [`Server::shutdown`] does. No lock
-    /// is poisoned: what is held under one is left whole between any two steps that may panic.
+    /// A panic ends a stream (see `Subscriber::turn`), or a connection (see [`Server::work`]), and
+    /// nothing else. Anywhere else, where a thread would be missing from then on and nobody would
+    /// notice, it ends the server. No lock is poisoned: what is held under one is left whole
+    /// between any two steps that may panic.
+    fn guard(&self, work: impl FnOnce()) {
+        if catch_unwind(AssertUnwindSafe(work)).is_err() {
+            self.shutdown();
+        }
+    }
+
     fn spawn(self: &Arc<Self>, work: fn(&Arc<Self>)) -> io::Result<()> {
         let (server, running) = (self.clone(), self.threads.clone());
         let thread = thread::Builder::new().stack_size(STACK);
         let spawned = thread.spawn(move || {
             let _running = running;
-            if catch_unwind(AssertUnwindSafe(|| work(&server))).is_err() {
-                server.shutdown();
-            }
+            server.guard(|| work(&server));
         });
         spawned.map(drop)
     }

@@ -47,8 +47,9 @@ pub struct Subscriber {
     /// own ends are.
     pub scheduled: AtomicBool,
     /// Needs a turn, whatever the queue holds: the last one did not come to [`Turn::Written`]. Set
-    /// under the stream's lock. A publisher reads it without: it may come too late, but then finds
-    /// the queue full, and asks the socket. `SeqCst`, since it is work that `scheduled` is about.
+    /// by whoever has, or had, the stream's lock. A publisher reads it without: it may come too
+    /// late, but then finds the queue full, and asks the socket. `SeqCst`, since it is work that
+    /// `scheduled` is about.
     pub behind: AtomicBool,
     /// Locked for a turn. Whoever has it waits for nobody.
     pub stream: Mutex<Stream>,
