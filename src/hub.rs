@@ -44,10 +44,12 @@ pub trait Relay: Send + Sync {
 
 /// Locks, in the order in which they may be taken: `gate`, then `map` or `circle`, then a stream's.
 /// (With Redis `relay` takes its own before.) `stalled`, those of the connections and of idle ones
-/// to Redis, and the queues' own are held for a step. What takes longest under `map` is to look at
-/// every subscriber of a submission of `SSE_QUEUE` events, and then to queue those, with a write
-/// that does not wait to each whose queue is full. Under `gate`, beside that, the turns by which a
-/// publisher makes room for one submission.
+/// to Redis, and the queues' own are held for a step. With N subscribers of its topics, under
+/// `map`: a submission of E events takes E x N looks and then as many steps of queuing, with a
+/// write that does not wait to each whose queue is full; to come or to go takes a step for each
+/// topic of the one; the end, or a gap, N steps. Under `gate`: besides those, up to E turns of each
+/// of the N, by which a publisher makes room. Under `circle`: a turn of one of 85. Under a
+/// stream's: a turn, which is at most one read of 64 KiB and a few writes, none of which waits.
 pub struct Hub {
     pub relay: Option<Box<dyn Relay>>,
     pub metrics: Metrics,

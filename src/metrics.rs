@@ -1,5 +1,7 @@
 //! What happened, for the operator: counted for Prometheus, and now and then a line in the log.
-//! Never a token, a payload or a query.
+//! Never a token, a payload or a query: lines are made of numbers, names that stand in this source,
+//! and what the system, the reader of MessagePack and that of Redis say of errors, which quotes no
+//! value.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::{fmt::Display, time::UNIX_EPOCH};

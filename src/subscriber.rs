@@ -32,6 +32,10 @@ pub struct Lane<T> {
     pub receiver: Receiver<T>,
 }
 
+/// It begins when the hub's map gets it, and ends when that lets go of it, which happens once:
+/// `Hub::remove` does nothing for one that the map no longer has. Besides the map it is held by one
+/// at most of the lane of those that are due, the list of the stalled ones, and a thread that has
+/// its turn; and by publishers for as long as they make room. Its connection closes with the last.
 pub struct Subscriber {
     /// No other subscriber of the hub has it.
     pub id: u64,

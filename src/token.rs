@@ -120,8 +120,9 @@ impl Key {
         Ok(Subscription { topics, ends })
     }
 
-    /// The events of a submission of at most `ttl` seconds, all of them checked. Without one it may
-    /// be of any date: another instance has looked at that.
+    /// The events of a submission of at most `ttl` seconds, all of them checked. Within that time
+    /// it can be repeated, by whoever has seen it: nothing remembers what was taken. Without a
+    /// `ttl` it may be of any date: another instance has looked at that.
     pub(crate) fn open_submission(
         &self,
         token: &str,
