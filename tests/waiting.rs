@@ -107,16 +107,19 @@ fn strangers_make_room_before_publishers() {
             client
                 .write_all(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
                 .unwrap();
-            let (config, places) = (&config, &waiting);
+            let (config, places, (answered, next)) = (&config, &waiting, channel());
             scope.spawn(move || {
                 let mut connection = Connection::new(socket, config, places);
                 assert!(connection.receive().is_ok());
                 // The first of them is a publisher.
                 let kept = connection.answer(&answer(number == 0), false, false);
+                answered.send(()).unwrap();
                 assert!(kept.unwrap().receive().is_err());
             });
             assert!(client.read(&mut [0; 1024]).unwrap() > 0);
             clients.push(client);
+            // Until then it waits to write, which the client cannot see.
+            next.recv().unwrap();
             let there = || waiting.lock().len() == number + 1;
             assert!(wait_until(DEADLINE, there));
         }
