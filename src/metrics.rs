@@ -94,6 +94,8 @@ impl Counter {
             self.suppressed.fetch_add(1, Relaxed);
         } else {
             let suppressed = self.suppressed.swap(0, Relaxed);
+            // One line, whatever the system or Redis said of an error.
+            let line = line.to_string().replace(char::is_control, " ");
             log::warn!("{line} suppressed={suppressed}");
         }
     }

@@ -10,13 +10,13 @@
 //! comes back is judged in the same way, by the id of what it heard last.
 //!
 //! Redis is trusted to keep and to order, and for nothing else: it has no key. Whoever can write to
-//! it can end streams, fill memory with entries of any size, and repeat a submission however old,
-//! but not make one.
+//! it can end streams, stop submissions, fill memory with entries of any size, and repeat a
+//! submission however old, but not make one.
 //!
 //! Locks, in the order in which they may be taken: `RESUMING`, then `at`, then the hub's; `idle`
 //! for a step.
 
-use std::io::{self, ErrorKind::InvalidInput, ErrorKind::Other, ErrorKind::TimedOut};
+use std::io::{self, ErrorKind::InvalidInput, ErrorKind::Other};
 use std::time::{Duration, Instant};
 use std::{collections::BTreeMap, sync::atomic::Ordering::SeqCst, thread};
 
@@ -53,9 +53,6 @@ const MAX_TOKEN: usize = 1 << 16;
 
 /// Bytes of events that a client can have missed: as many as may wait in its queue.
 const MAX_MISSED: usize = 1 << 20;
-
-/// Stands for the last event of an entry. A token has room for fewer.
-const LAST: usize = 99_999;
 
 /// One client at a time is looked for what it missed: that bounds what Redis is asked, and what is
 /// held of it. What is found then belongs to the stream, for as long as that one does not read it.
@@ -118,7 +115,7 @@ fn text(event: &Event) -> &str {
 }
 
 /// A submission of events that are framed already.
-fn mint(key: &Key, events: &[Event]) -> String {
+fn mint(key: &Key, events: &[Event]) -> Result<String, Refusal> {
     let fields = |event: &Event| {
         let lines = format!("\n{}", text(event).trim_end_matches('\n'));
         let (name, data) = lines.split_once("\ndata: ").expect("a frame has data");
@@ -149,11 +146,12 @@ fn reach(client: &Client) -> RedisResult<Connection> {
 
 fn entries(redis: &mut Connection, name: &str, args: &[&str]) -> RedisResult<Vec<Entry>> {
     let found: Vec<(String, Vec<Vec<u8>>)> = cmd(name).arg(args).query(redis)?;
-    let entry = |(number, fields): (_, Vec<Vec<u8>>)| {
+    let entry = |(number, fields): (String, Vec<Vec<u8>>)| {
         let token = String::from_utf8_lossy(fields.get(1).map_or(b"", |it| it));
         // It stands in frames, whoever wrote the entry.
         let seal = token.chars().rev().filter(char::is_ascii_alphanumeric);
         let seal: String = seal.take(12).collect();
+        let number = number.replace(|it: char| !it.is_ascii_digit() && it != '-', "");
         (format!("{number}-{seal}"), token.into())
     };
     Ok(found.into_iter().map(entry).collect())
@@ -173,7 +171,8 @@ fn read(redis: &mut Connection, mark: &str) -> RedisResult<Vec<Entry>> {
 
 /// The mark of the last entry. Where there is none a new epoch begins.
 fn end(redis: &mut Connection, key: &Key) -> RedisResult<String> {
-    let last = entries(redis, "EVAL", &[BEGIN, "1", STREAM, &mint(key, &[])])?;
+    let empty = mint(key, &[]).expect("it is short");
+    let last = entries(redis, "EVAL", &[BEGIN, "1", STREAM, &empty])?;
     Ok(last.into_iter().map(|(mark, _)| mark).collect())
 }
 
@@ -222,13 +221,12 @@ impl Instance {
             return Ok((Some(Vec::new()), self.at.lock()));
         }
         let one = RESUMING.try_lock_for(PATIENCE);
-        let _one = one.ok_or(io::Error::from(TimedOut))?;
         let (mark, index) = id.rsplit_once('-').unwrap_or_default();
         let index = index.parse::<usize>();
         let mut heard = index.as_ref().map_or(0, |it| it.saturating_add(1));
         let (mut last, mut found, mut size) = (mark.to_string(), Vec::new(), 0);
         let until = Instant::now() + PATIENCE;
-        while Instant::now() < until {
+        while one.is_some() && Instant::now() < until {
             let page = self.ask(|redis| read(redis, &last))?;
             if page.is_empty() || size > MAX_MISSED || index.is_err() {
                 return Ok((None, self.at.lock()));
@@ -250,7 +248,7 @@ impl Instance {
             // At once where there is more. Else the reader has yet to come to what is here.
             MutexGuard::unlocked(&mut at, || thread::sleep(PAUSE / page.len() as u32));
         }
-        // Too much to be opened in that time: it would be so at the next attempt.
+        // Too many ask at once, or for too much: as it would be at the next attempt.
         Ok((None, self.at.lock()))
     }
 }
@@ -259,13 +257,13 @@ impl Relay for Instance {
     fn submit(&self, hub: &Hub, token: Option<&str>, events: &[Event]) -> Result<Receipt, Refusal> {
         // Of no events: is refused where the server ends.
         hub.publish(&[])?;
-        let token = token.map_or_else(|| mint(&hub.config.key, events), str::to_string);
+        let token = token.map_or_else(|| mint(&hub.config.key, events), |it| Ok(it.to_string()))?;
         let fits = events.len() <= hub.config.queue as usize && token.len() <= MAX_TOKEN;
         ensure(fits, 413, "these are more than SSE_QUEUE events, or 64 KiB")?;
         let added = self.ask(|redis| cmd("EVAL").arg(&[ADD, "1", STREAM, &token]).exec(redis));
         added.map_err(|error| {
             let why = error.code().unwrap_or("it may still arrive");
-            Refusal::new(503, format!("Redis did not confirm it: {why}"))
+            Refusal::new(503, format!("Redis did not confirm it: {why:?}"))
         })?;
         let (events, deliveries) = (events.len(), 0);
         Ok(Receipt { events, deliveries })
@@ -277,8 +275,9 @@ impl Relay for Instance {
             return hub.metrics.turned_away.warn("stream turned away: no Redis");
         };
         let reset = ["", "event: stream-reset\ndata: \n"][usize::from(frames.is_none())];
-        // No event by itself. A client that hears none still has an id to come back with.
-        let place = Frame::new(&format!("id: {}-{LAST}\n{reset}\n", *at));
+        // No event by itself. A client that hears none still has an id to come back with: behind
+        // the last event of an entry, of which no token holds so many.
+        let place = Frame::new(&format!("id: {}-99999\n{reset}\n", *at));
         let frames = frames.iter().flatten();
         frames.chain([&place]).for_each(|it| stream.push(it));
         hub.subscribe(topics, stream);

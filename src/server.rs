@@ -139,7 +139,8 @@ impl Server {
     /// Checks no token: whoever holds the server may send to every topic. With Redis it waits for
     /// that, and the deliveries are not known: 0.
     ///
-    /// # Errors For more events than [`Config::queue`], and where the server is about to end. With
+    /// # Errors
+    /// For more events than [`Config::queue`], and where the server is about to end. With
     /// Redis also for more than 64 KiB, and where Redis did not confirm that it has them.
     pub fn publish(&self, events: &[Event]) -> Result<Receipt, Refusal> {
         self.hub.submit(None, events)

@@ -13,6 +13,10 @@ use crate::{config::Key, error::Refusal, error::ensure};
 /// Characters in the longest token of a query: 64 topics of 40 bytes.
 pub const MAX_QUERY_TOKEN: usize = 4096;
 
+/// Bytes of MessagePack in the longest body: 64 KiB of base62. To mint more takes branca's encoder
+/// seconds, and minutes for a megabyte.
+const MAX_PAYLOAD: usize = 48_700;
+
 /// Digits of base62 that are read at once: the most whose value fits a limb of 64 bits.
 const DIGITS: usize = 10;
 
@@ -79,7 +83,7 @@ impl Key {
         let topics = topics?;
         ensure(!topics.is_empty(), 400, "a token needs a topic")?;
         let names: Vec<_> = topics.iter().map(Topic::name).collect();
-        let token = self.mint(&BTreeMap::from([("topics", names)]));
+        let token = self.mint(&BTreeMap::from([("topics", names)]))?;
         let fits = token.len() <= MAX_QUERY_TOKEN;
         ensure(fits, 414, "these topics are too many for one token")?;
         Ok(token)
@@ -88,17 +92,19 @@ impl Key {
     /// A body for `/submit` with one event, dated now.
     ///
     /// # Errors
-    /// As [`Event::new`].
+    /// As [`Event::new`], and for more than the longest body holds.
     pub fn mint_submission(&self, topic: &str, name: &str, data: &str) -> Result<String, Refusal> {
         let event = BTreeMap::from([("topic", topic), ("event", name), ("data", data)]);
         let checked = Event::new(topic, name, data);
-        checked.map(|_| self.mint(&BTreeMap::from([("events", [event])])))
+        checked.and_then(|_| self.mint(&BTreeMap::from([("events", [event])])))
     }
 
-    pub(crate) fn mint(&self, payload: &impl Serialize) -> String {
+    pub(crate) fn mint(&self, payload: &impl Serialize) -> Result<String, Refusal> {
         let payload = rmp_serde::to_vec(payload).expect("strings and lists always encode");
+        let fits = payload.len() <= MAX_PAYLOAD;
+        ensure(fits, 413, "this is more than a token of 64 KiB holds")?;
         let mut branca = Branca::new(&self.keys[0]).expect("the key has 32 bytes");
-        branca.encode(&payload).expect("far below 256 GiB")
+        Ok(branca.encode(&payload).expect("far below 256 GiB"))
     }
 
     /// The topics that a token of at most `ttl` seconds permits, each once, and until when: a

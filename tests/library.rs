@@ -580,3 +580,15 @@ fn the_crate_mints_what_other_libraries_open() {
         .into();
     assert_eq!(opened, BTreeMap::from([("events".into(), vec![event])]));
 }
+
+/// To encode base62 takes time by the square of the length: a megabyte would take minutes, only to be
+/// refused by every server.
+#[test]
+fn what_no_server_takes_is_not_minted() {
+    let key = key(SECRET);
+    let longest = "x".repeat(48_600);
+    let token = key.mint_submission("t", "", &longest).unwrap();
+    assert!((65_000..=65_536).contains(&token.len()), "{}", token.len());
+    let refused = key.mint_submission("t", "", &"x".repeat(1 << 20));
+    assert_eq!(refused.unwrap_err().status, 413);
+}

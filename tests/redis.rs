@@ -1287,6 +1287,9 @@ fn events_published_in_process_reach_every_instance() {
     assert_eq!(receipt.events, 2);
     stream.expect_event("message", data);
     stream.expect_event("named", "");
+    // Before it is sealed, which would take minutes.
+    let huge = Event::new("t", "", &"x".repeat(1 << 20)).unwrap();
+    assert_eq!(server.publish(&[huge]).unwrap_err().status, 413);
     let begin = Instant::now();
     server.shutdown();
     thread.join().unwrap().unwrap();

@@ -26,7 +26,7 @@ esac
 
 # In a directory of its own: other flags would make the next `cargo build` start from nothing.
 RUSTFLAGS='-C target-feature=+crt-static' \
-    cargo build --release --locked --features "${FEATURES:-}" \
+    cargo build --release --locked ${FEATURES:+--features "$FEATURES"} \
     --target "$target" --target-dir target/static-build
 mkdir -p target/static
 install -m 755 "target/static-build/$target/release/sse-server" "$binary"
