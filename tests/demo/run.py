@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -65,7 +66,12 @@ def main():
             print(f"To tell all of them something:\n  {secret} {server_binary()}"
                   f" event list '' 'Lunch is here!' | curl --data-binary @- {addresses[0]}/submit")
         sys.stdout.flush()
-        backend.serve_forever()
+        # Python may drop an exception that a signal raises, wherever it just was: so it raises none.
+        ended = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: ended.set())
+        threading.Thread(target=backend.serve_forever, daemon=True).start()
+        ended.wait()
     except KeyboardInterrupt:
         pass
     finally:
