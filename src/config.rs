@@ -20,10 +20,11 @@ pub struct Key {
 /// and with Redis 1 MiB that it missed; for each of at most 4,096 other connections a head of 8
 /// KiB, 4 KiB read ahead, `max_body` (and where it has the secret tens of times as much while that
 /// is read) and a thread's stack. At the defaults, where no stream is read: 1 MiB for each that has
-/// a topic of its own, 10 GiB in all; 1 MiB together where all have the same; and 200 MiB for the
-/// other connections. With Redis besides, 8 MiB for each of two readings and its connections. What
-/// the kernel holds for sockets is its own setting: 4 MiB for one that does not read. Events of the
-/// embedding program are as long as it makes them.
+/// a topic of its own, 10 GiB in all, or five times that of events that are nothing but line ends;
+/// 1 MiB together where all have the same; and 200 MiB for the other connections. With Redis
+/// besides, 8 MiB for each of two readings and its connections. What the kernel holds for sockets
+/// is its own setting: 4 MiB for one that does not read. Events of the embedding program are as
+/// long as it makes them.
 ///
 /// What is legal and can be unsafe, and no check sees: an address that strangers reach where there
 /// is no TLS in front, or that of the metrics; a secret that was not drawn at random; a

@@ -37,7 +37,7 @@ const MAX_LINE_ENDS: usize = 32;
 const BUFFER: usize = 4 * 1024;
 
 /// Seconds a client may take to read the last answer of a connection. To close while its bytes
-/// are unread would reset it, and the answer would be lost.
+/// are unread would reset it, and the answer would be lost. They are dropped, however many come.
 const LINGER: u64 = 1;
 
 /// A request that is whole and well-formed.

@@ -12,7 +12,7 @@
 //! to make room; with Redis also for that, some seconds. Whoever accepts: for a connection to be
 //! let go of that was closed to make room. A publisher: for the hub's lock, in a burst for the
 //! kernel to take what it writes, with Redis two seconds. A writer: for a stream that is due.
-//! Nobody: for a client that does not read.
+//! Neither publishers nor writers wait for a client that does not read.
 //!
 //! ```
 //! use sse_server::{Config, Event, Key, Server};

@@ -227,7 +227,8 @@ impl Server {
         spawned.map(drop)
     }
 
-    /// Accepts until the server is closed.
+    /// Accepts until the server is closed. Whatever else fails is tried again, with a line in the
+    /// log a second, however long that lasts.
     fn accept(self: &Arc<Self>, listener: Option<&TcpListener>, door: Door) {
         for accepted in listener.into_iter().flat_map(TcpListener::incoming) {
             match accepted {

@@ -66,7 +66,11 @@ pub struct Stream {
     chunked: bool,
     /// When it has to end, since its token expires.
     ends: Instant,
-    /// Whole frames, of the first of which a part may have been sent.
+    /// Events that it may still take from its queue: any number, until its token has expired; from
+    /// then on those that are queued at the first turn behind that.
+    allowed: u64,
+    /// Whole frames, of the first of which a part may have been sent. Comments and farewells are
+    /// added where there are none: they never stand within a frame.
     unsent: Vec<u8>,
     /// When the socket last took something, or was first asked to.
     progress: Instant,
@@ -105,27 +109,24 @@ impl Subscriber {
                 }
                 stream.flush(config)?;
                 let (queue, expired) = (&self.queue.receiver, Instant::now() >= stream.ends);
-                // What is queued by now is the last that a stream hears whose token has expired.
-                let mut waiting = queue.len();
-                while stream.unsent.is_empty() {
-                    waiting -= stream.fill(queue, waiting);
+                if expired {
+                    stream.allowed = stream.allowed.min(queue.len() as u64);
+                }
+                if stream.unsent.is_empty() {
+                    stream.fill(queue);
                     // Closing was true before the queue was found empty: nothing can follow.
                     if closing && queue.is_empty() {
                         stream.bid_farewell(Reason::Shutdown, config);
-                    } else if expired && waiting == 0 {
+                    } else if stream.allowed == 0 {
                         stream.bid_farewell(Reason::Expired, config);
                     }
                     stream.flush(config)?;
-                    if !expired {
-                        return Ok(());
-                    }
                 }
                 // It does not read: what it would read later it may hear no more.
-                if expired {
-                    Err(Reason::Expired)
-                } else {
-                    Ok(())
+                if expired && !stream.unsent.is_empty() {
+                    return Err(Reason::Expired);
                 }
+                Ok(())
             });
             stream.over = catch_unwind(act).unwrap_or(Err(Reason::Fault)).err();
         }
@@ -160,6 +161,7 @@ impl Stream {
             socket,
             chunked,
             ends,
+            allowed: u64::MAX,
             unsent: [head.as_bytes(), first.bytes(chunked)].concat(),
             progress: Instant::now(),
             probes: 0,
@@ -188,17 +190,15 @@ impl Stream {
         Ok(())
     }
 
-    /// Takes events from the queue for one write, `most` of them; how many they were.
-    fn fill(&mut self, queue: &Receiver<Frame>, most: usize) -> usize {
-        let mut taken = 0;
-        while taken < most
+    /// Takes events from the queue for one write.
+    fn fill(&mut self, queue: &Receiver<Frame>) {
+        while self.allowed > 0
             && self.unsent.len() < MAX_BATCH
             && let Ok(frame) = queue.try_recv()
         {
             self.push(&frame);
-            taken += 1;
+            self.allowed -= 1;
         }
-        taken
     }
 
     fn bid_farewell(&mut self, reason: Reason, config: &Config) {

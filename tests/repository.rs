@@ -58,7 +58,7 @@ const RELAY_LINES: usize = 200;
 
 /// Lines of code in the library: `src/` without the binary. More than the 1,000 it is to have: see
 /// SECURITY.md, under "What is to be trusted".
-const LIBRARY_LINES: usize = 1_721;
+const LIBRARY_LINES: usize = 1_719;
 
 /// Lines of code in the binary.
 const BINARY_LINES: usize = 120;

@@ -495,11 +495,15 @@ fn a_stream_ends_with_its_token_and_gets_what_was_queued_before() {
         let data: Vec<_> = (0..10)
             .map(|it| format!("{it}{}", "x".repeat(size)))
             .collect();
+        // So that they wait: what a socket takes at once never was queued.
+        client.become_writing(Writing::Stuck);
         for data in &data {
             assert_eq!(publish(&hub, data), 2, "{case}");
         }
+        assert!(!client.text().contains("data"), "{case}");
+        client.become_writing(Writing::Eager);
         thread::sleep(ends.saturating_duration_since(Instant::now()));
-        look(&hub);
+        retry(&hub);
         assert_eq!(all_ended(&hub), [0, 0, 0, 0, 0, 1, 0], "{case}");
         assert!(client.state().dropped, "{case}");
         assert_eq!((hub.subscribers(), hub.subscribers_of("news")), (1, 1));
@@ -517,6 +521,38 @@ fn a_stream_ends_with_its_token_and_gets_what_was_queued_before() {
         assert!(agree(&bytes[begin..], &wanted), "{case}");
         assert!(other.events().ends_with("data: later||"), "{case}");
     }
+}
+
+/// A turn may be a publisher's, under the map's lock: however much waits for a stream whose token has
+/// expired, it writes a part like any other.
+#[test]
+fn a_turn_of_an_expired_stream_is_no_longer_than_others() {
+    let hub = hub(64);
+    let client = Client::new(Writing::Eager);
+    let ends = Instant::now() + Duration::from_millis(100);
+    subscribe_until(&hub, &["news"], true, Mock(client.clone()), ends);
+    write(&hub);
+    client.become_writing(Writing::Stuck);
+    for _ in 0..64 {
+        publish(&hub, &"x".repeat(9000));
+    }
+    client.become_writing(Writing::Eager);
+    thread::sleep(ends.saturating_duration_since(Instant::now()));
+    let stalled = mem::take(&mut *hub.stalled.lock());
+    let mut turns = 0;
+    let [subscriber] = &stalled[..] else {
+        panic!("one stream is stalled");
+    };
+    while hub.subscribers() > 0 {
+        let before = client.state().bytes.len();
+        hub.take_turn(subscriber);
+        let written = client.state().bytes.len() - before;
+        // What was unsent, and a batch that ends behind its limit.
+        assert!(written <= 3 * 10_000 + 16 * 1024, "{written} in a turn");
+        turns += 1;
+    }
+    assert!(turns > 10 && client.text().matches("data").count() == 64);
+    assert_eq!(ended(&hub, "expired"), 1);
 }
 
 /// A client that did not read could hear later what came after its token's end: it is cut then.
