@@ -16,9 +16,8 @@
 //! Locks, in the order in which they may be taken: `RESUMING`, then `at`, then the hub's; `idle`
 //! for a step.
 
-use std::io::{self, ErrorKind::InvalidInput, ErrorKind::Other};
-use std::time::{Duration, Instant};
-use std::{collections::BTreeMap, sync::atomic::Ordering::SeqCst, thread};
+use std::{collections::BTreeMap, io, io::ErrorKind, sync::atomic::Ordering::SeqCst};
+use std::{thread, time::Duration, time::Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 use redis::{Client, Connection, RedisError, RedisResult, cmd};
@@ -54,8 +53,9 @@ const MAX_TOKEN: usize = 1 << 16;
 /// Bytes of events that a client can have missed: as many as may wait in its queue.
 const MAX_MISSED: usize = 1 << 20;
 
-/// One client at a time is looked for what it missed: that bounds what Redis is asked, and what is
-/// held of it. What is found then belongs to the stream, for as long as that one does not read it.
+/// One page at a time is read and opened for clients that come back, in turn: that bounds what
+/// Redis is asked, and what is held of it; and none has to wait for all pages of another. What is
+/// found then belongs to the stream, for as long as that one does not read it.
 static RESUMING: Mutex<()> = Mutex::new(());
 
 /// Answers with the last entry. Where there is none the stream begins, in one step, with an empty
@@ -95,10 +95,10 @@ type Missed<'a> = (Option<Vec<Frame>>, MutexGuard<'a, String>);
 /// begin is read here, before the first client is accepted.
 ///
 /// # Errors
-/// Where Redis cannot be used. [`InvalidInput`] where somebody has to correct something.
+/// Where Redis cannot be used. [`ErrorKind::InvalidInput`] where somebody has to correct something.
 pub fn connect(mut hub: Hub) -> io::Result<Hub> {
     let explain = |error: RedisError| {
-        let kind = [InvalidInput, Other][usize::from(error.is_io_error())];
+        let kind = [ErrorKind::InvalidInput, ErrorKind::Other][usize::from(error.is_io_error())];
         io::Error::new(kind, format!("SSE_REDIS cannot be used: {error}"))
     };
     if let Some(RedisUrl(url)) = &hub.config.redis {
@@ -181,9 +181,7 @@ impl Instance {
     fn ask<T>(&self, ask: impl FnOnce(&mut Connection) -> RedisResult<T>) -> RedisResult<T> {
         let idle = self.idle.lock().pop();
         let mut redis = idle.map_or_else(|| reach(&self.client), |it| Ok(it.0))?;
-        let answer = ask(&mut redis)?;
-        self.idle.lock().push((redis, Instant::now()));
-        Ok(answer)
+        ask(&mut redis).inspect(|_| self.idle.lock().push((redis, Instant::now())))
     }
 
     /// Publishes what has come, or waits for it. Where something was missed, ends all streams.
@@ -220,13 +218,14 @@ impl Instance {
         if id.is_empty() {
             return Ok((Some(Vec::new()), self.at.lock()));
         }
-        let one = RESUMING.try_lock_for(PATIENCE);
         let (mark, index) = id.rsplit_once('-').unwrap_or_default();
         let index = index.parse::<usize>();
         let mut heard = index.as_ref().map_or(0, |it| it.saturating_add(1));
         let (mut last, mut found, mut size) = (mark.to_string(), Vec::new(), 0);
         let until = Instant::now() + PATIENCE;
-        while one.is_some() && Instant::now() < until {
+        while let Some(one) = RESUMING.try_lock_for(PATIENCE)
+            && Instant::now() < until
+        {
             let page = self.ask(|redis| read(redis, &last))?;
             if page.is_empty() || size > MAX_MISSED || index.is_err() {
                 return Ok((None, self.at.lock()));
@@ -240,6 +239,7 @@ impl Instance {
                 (last, heard) = (entry.0.clone(), 0);
                 found.push((entry.0.clone(), frames));
             }
+            drop(one);
             let mut at = self.at.lock();
             if let Some(end) = found.iter().position(|(mark, _)| *mark == *at) {
                 let frames = found.into_iter().take(end + 1).flat_map(|it| it.1);
@@ -248,8 +248,9 @@ impl Instance {
             // At once where there is more. Else the reader has yet to come to what is here.
             MutexGuard::unlocked(&mut at, || thread::sleep(PAUSE / page.len() as u32));
         }
-        // Too many ask at once, or for too much: as it would be at the next attempt.
-        Ok((None, self.at.lock()))
+        // One from far behind would not come further at the next attempt; others wait for Redis.
+        let (far, late) = (found.len() > 128, io::Error::from(ErrorKind::TimedOut));
+        far.then(|| (None, self.at.lock())).ok_or(late.into())
     }
 }
 

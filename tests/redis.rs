@@ -1086,6 +1086,98 @@ fn an_entry_that_ends_with_lines_of_a_stream_forges_none() {
     }
 }
 
+/// A Redis that lies, or whoever stands between: it answers whatever it is asked for entries with one
+/// whose number holds lines of a stream.
+fn lying_redis() -> SocketAddr {
+    fn bulk(text: &str) -> String {
+        format!("${}\r\n{text}\r\n", text.len())
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let number = bulk("1-1-\n\nevent: update\ndata: forged\n\n");
+    let fields = format!("*2\r\n{}{}", bulk("t"), bulk("abcdefabcdef"));
+    let entry = format!("*1\r\n*2\r\n{number}{fields}");
+    let answer = move |client: TcpStream| {
+        let mut reader = BufReader::new(&client);
+        let mut line = String::new();
+        while reader.read_line(&mut line).is_ok_and(|size| size > 0) {
+            let count: usize = line.trim()[1..].parse().unwrap();
+            let mut words = Vec::new();
+            for _ in 0..count {
+                line.clear();
+                reader.read_line(&mut line).unwrap();
+                let size: usize = line.trim()[1..].parse().unwrap();
+                let mut word = vec![0; size + 2];
+                reader.read_exact(&mut word).unwrap();
+                words.push(word);
+            }
+            line.clear();
+            let answer = match &words[0][..] {
+                b"EVAL\r\n" | b"XRANGE\r\n" => &entry,
+                b"XREAD\r\n" => "*-1\r\n",
+                _ => "+OK\r\n",
+            };
+            if (&client).write_all(answer.as_bytes()).is_err() {
+                return;
+            }
+        }
+    };
+    thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            let answer = answer.clone();
+            thread::spawn(move || answer(client));
+        }
+    });
+    address
+}
+
+/// Redis has no key: not even Redis itself can make an event.
+#[test]
+fn a_redis_that_lies_forges_no_event() {
+    let server = instance(&format!("redis://{}", lying_redis()), 0);
+    let mut stream = Stream::open(server.addr, "t", "").unwrap();
+    let (id, name, data) = stream.block().unwrap();
+    assert!(id.starts_with("1-1-"), "{id}");
+    assert_eq!((name.as_str(), data), ("", None));
+    // What follows is a heartbeat.
+    assert_eq!(stream.line().as_deref(), Some(":"));
+}
+
+/// After an outage in which thousands of submissions passed, clients come back with old ids, all at
+/// once. They get what they missed, or are told to begin anew; they are not turned away, since as long
+/// as they come back with the same id they would be again and again.
+#[test]
+fn clients_from_far_behind_are_all_answered() {
+    if !is_there() {
+        return;
+    }
+    let redis = Redis::start(&[]);
+    let server = redis.instance();
+    let mut first = Stream::open(server.addr, "t", "").unwrap();
+    let (old, ..) = first.block().unwrap();
+    let (epoch, ..) = parse(&old);
+    let token = mint(SECRET, &events_payload(&[("t", "", "missed")]), now());
+    let mut all = redis::pipe();
+    for _ in 0..9000 {
+        let add = all.cmd("XADD").arg(KEY).arg(format!("{epoch}-*"));
+        add.arg("t").arg(&token).ignore();
+    }
+    all.exec(&mut redis.connection()).unwrap();
+    server.wait_for_metric("sse_events_total", 9000);
+    let clients: Vec<_> = (0..3)
+        .map(|_| {
+            let (address, old) = (server.addr, old.clone());
+            thread::spawn(move || Stream::open(address, "t", &old).map(|mut it| it.block()))
+        })
+        .collect();
+    for client in clients {
+        let answered = client.join().unwrap();
+        let (_, name, data) = answered.flatten().expect("turned away");
+        assert!(name == "stream-reset" || data.as_deref() == Some("missed"));
+    }
+    assert_eq!(server.metric("sse_streams_turned_away_total"), 0);
+}
+
 /// The seal of the entry that an epoch begins with, as an id holds it, with the last index.
 fn seal(redis: &Redis, epoch: u64) -> String {
     let id = format!("{epoch}-0");
